@@ -1,0 +1,427 @@
+"""Attention masks as an algebra: small predicates on token positions, combined by `&`, `|` and `~`.
+
+A mask is True where attention is allowed. Each predicate can be evaluated on a tile of queries and keys (what the
+implementations do), densely (`dense`, for tests and pictures), and on boxes of positions (`boxes`: is the tile empty,
+full or partial?), so that work which a mask hides is skipped and never computed:
+
+    mask = causal() & (window(1024) | sink(4))   # mind the brackets: & binds tighter than |
+
+Predicates see *positions*: the place of a token in its text. They default to the index in the array; with a cache they
+are what the cache says. `document` and `array` are read by index, since they come as arrays. Masks are pytrees: sizes
+are static, arrays are leaves, so a mask passes through `jax.jit` and `jax.vmap` as any argument does.
+"""
+
+import dataclasses
+import operator
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY, PARTIAL, FULL = 0, 1, 2  # what `boxes` says; the order makes `&` a minimum and `|` a maximum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+  """A run of t tokens as masks see them: `index` [t] in its array, `position` [1 or B, t] in its text."""
+
+  index: jax.Array
+  position: jax.Array
+
+
+class Mask:
+  """A predicate on (query, key) pairs. Combine with `&`, `|`, `~`; read with `dense`, `tile` and `boxes`."""
+
+  def tile(self, q: Tokens, k: Tokens, batch: int, heads: int) -> jax.Array:
+    """Evaluates on every pair of q and k: bool [1 or B, 1 or H, t, s]."""
+    raise NotImplementedError
+
+  def boxes(self, q_low, q_high, k_low, k_high):
+    """EMPTY, PARTIAL or FULL for boxes of positions (inclusive integer bounds, numpy, broadcast together).
+
+    PARTIAL is always allowed; EMPTY and FULL are promises. An empty box is never computed.
+    """
+    return np.full(np.broadcast_shapes(*(np.shape(x) for x in (q_low, q_high, k_low, k_high))), PARTIAL, np.int8)
+
+  def __and__(self, other):
+    return And(self, _mask(other))
+
+  def __or__(self, other):
+    return Or(self, _mask(other))
+
+  def __invert__(self):
+    return Not(self)
+
+  def __bool__(self):
+    raise TypeError(
+      'a mask has no single truth value: combine masks with & | ~ instead of `and` `or` `not`, '
+      'and bracket them, as in causal() & (window(64) | sink(4))'
+    )
+
+
+def _static(**kwargs):
+  return dataclasses.field(metadata={'static': True}, **kwargs)
+
+
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(_static,))
+def _register(cls):
+  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_register
+class And(Mask):
+  a: Mask
+  b: Mask
+
+  def tile(self, q, k, batch, heads):
+    return self.a.tile(q, k, batch, heads) & self.b.tile(q, k, batch, heads)
+
+  def boxes(self, *box):
+    return np.minimum(self.a.boxes(*box), self.b.boxes(*box))
+
+
+@_register
+class Or(Mask):
+  a: Mask
+  b: Mask
+
+  def tile(self, q, k, batch, heads):
+    return self.a.tile(q, k, batch, heads) | self.b.tile(q, k, batch, heads)
+
+  def boxes(self, *box):
+    return np.maximum(self.a.boxes(*box), self.b.boxes(*box))
+
+
+@_register
+class Not(Mask):
+  a: Mask
+
+  def tile(self, q, k, batch, heads):
+    return ~self.a.tile(q, k, batch, heads)
+
+  def boxes(self, *box):
+    return (FULL - self.a.boxes(*box)).astype(np.int8)
+
+
+@_register
+class Everything(Mask):
+  def tile(self, q, k, batch, heads):
+    return jnp.ones((1, 1, 1, 1), bool)
+
+  def boxes(self, *box):
+    return np.full_like(super().boxes(*box), FULL)
+
+
+@_register
+class Causal(Mask):
+  offset: Any
+
+  def tile(self, q, k, batch, heads):
+    return _column(k) <= _row(q) + _per_batch(self.offset)
+
+  def boxes(self, q_low, q_high, k_low, k_high):
+    known = _range(self.offset)
+    if known is None:
+      return super().boxes(q_low, q_high, k_low, k_high)
+    return _verdict(k_low > q_high + known[1], k_high <= q_low + known[0])
+
+
+@_register
+class Window(Mask):
+  left: int | None = _static()
+  right: int | None = _static()
+
+  def tile(self, q, k, batch, heads):
+    ahead = _column(k) - _row(q)
+    seen = jnp.ones_like(ahead, bool)
+    if self.left is not None:
+      seen &= ahead >= -self.left
+    if self.right is not None:
+      seen &= ahead <= self.right
+    return seen
+
+  def boxes(self, q_low, q_high, k_low, k_high):
+    nearest, farthest = k_low - q_high, k_high - q_low  # the range of key - query
+    low = -np.inf if self.left is None else -self.left
+    high = np.inf if self.right is None else self.right
+    return _verdict((farthest < low) | (nearest > high), (nearest >= low) & (farthest <= high))
+
+
+@_register
+class Chunked(Mask):
+  size: int = _static()
+
+  def tile(self, q, k, batch, heads):
+    return _row(q) // self.size == _column(k) // self.size
+
+  def boxes(self, q_low, q_high, k_low, k_high):
+    q_low, q_high, k_low, k_high = (x // self.size for x in (q_low, q_high, k_low, k_high))
+    return _verdict((q_high < k_low) | (q_low > k_high), (q_low == q_high) & (k_low == k_high) & (q_low == k_low))
+
+
+@_register
+class Prefix(Mask):
+  length: Any
+
+  def tile(self, q, k, batch, heads):
+    return _column(k) < _per_batch(self.length)
+
+  def boxes(self, q_low, q_high, k_low, k_high):
+    known = _range(self.length)
+    if known is None:
+      return super().boxes(q_low, q_high, k_low, k_high)
+    verdict = _verdict(k_low >= known[1], k_high < known[0])
+    return np.broadcast_to(verdict, np.broadcast_shapes(verdict.shape, np.shape(q_low), np.shape(q_high)))
+
+
+@_register
+class Dilated(Mask):
+  step: int = _static()
+
+  def tile(self, q, k, batch, heads):
+    return (_row(q) - _column(k)) % self.step == 0
+
+  def boxes(self, q_low, q_high, k_low, k_high):
+    low, high = q_low - k_high, q_high - k_low
+    multiple = -(-low // self.step) * self.step  # the first multiple of step at or above low
+    return _verdict(multiple > high, (low == high) & (multiple == low) | (self.step == 1))
+
+
+@_register
+class Document(Mask):
+  q_ids: jax.Array
+  kv_ids: jax.Array
+
+  def tile(self, q, k, batch, heads):
+    q_ids, k_ids = (jnp.take(jnp.atleast_2d(x), i, axis=1) for x, i in ((self.q_ids, q.index), (self.kv_ids, k.index)))
+    return q_ids[:, None, :, None] == k_ids[:, None, None, :]
+
+
+@_register
+class Lengths(Mask):
+  """The first `q_lengths` [B] queries and `kv_lengths` [B] keys, by index; None is all."""
+
+  q_lengths: jax.Array | None
+  kv_lengths: jax.Array | None
+
+  def tile(self, q, k, batch, heads):
+    seen = jnp.ones((1, 1, 1, 1), bool)
+    if self.q_lengths is not None:
+      seen &= q.index[:, None] < _per_batch(self.q_lengths)
+    if self.kv_lengths is not None:
+      seen &= k.index[None, :] < _per_batch(self.kv_lengths)
+    return seen
+
+
+@_register
+class Occupied(Mask):
+  """Pairs of tokens that exist: a negative position is padding or an empty cache slot."""
+
+  def tile(self, q, k, batch, heads):
+    return (_row(q) >= 0) & (_column(k) >= 0)
+
+
+@_register
+class Function(Mask):
+  arrays: tuple
+  f: Callable = _static()
+
+  def tile(self, q, k, batch, heads):
+    b = jnp.arange(batch)[:, None, None, None]
+    h = jnp.arange(heads)[None, :, None, None]
+    seen = jnp.asarray(self.f(b, h, _row(q), _column(k), *self.arrays))
+    if seen.dtype != bool:
+      raise ValueError(f'the mask function returned {seen.dtype}, expected bool (True where attention is allowed)')
+    return seen.reshape((1,) * (4 - seen.ndim) + seen.shape)
+
+
+@_register
+class Array(Mask):
+  values: jax.Array  # [1 or B, 1 or H, 1 or T, 1 or S]
+
+  def tile(self, q, k, batch, heads):
+    rows = self.values if self.values.shape[2] == 1 else jnp.take(self.values, q.index, axis=2)
+    return rows if rows.shape[3] == 1 else jnp.take(rows, k.index, axis=3)
+
+
+def everything() -> Mask:
+  """Every query sees every key."""
+  return Everything()
+
+
+def causal(offset=0) -> Mask:
+  """Keys up to the query: key <= query + offset.
+
+  Args:
+    offset: an integer, or an int array [] or [B]: how many positions the queries stand further on than their own
+      say. With T queries at the end of S keys and default positions, `causal(S - T)` aligns them bottom-right.
+  """
+  return Causal(_integers('offset', offset))
+
+
+def window(left: int | None, right: int | None = 0) -> Mask:
+  """Keys near the query: query - left <= key <= query + right.
+
+  Args:
+    left: tokens a query sees before itself; None is all. The query itself is not counted, as in jax.nn's
+      `local_window_size`: a sliding window of w tokens, the query included, is `causal() & window(w - 1)`.
+    right: tokens a query sees after itself; None is all.
+  """
+  return Window(None if left is None else _size('left', left, 0), None if right is None else _size('right', right, 0))
+
+
+def chunked(size: int) -> Mask:
+  """Keys in the query's own chunk of `size` positions: key // size == query // size."""
+  return Chunked(_size('size', size, 1))
+
+
+def prefix(length) -> Mask:
+  """Keys of the prefix: key < length, an integer or an int array [B]. A prefix LM is `causal() | prefix(n)`."""
+  return Prefix(_integers('length', length))
+
+
+def sink(n: int) -> Mask:
+  """The first n keys, whatever the query: key < n."""
+  return Prefix(_size('n', n, 0))
+
+
+def dilated(step: int) -> Mask:
+  """Every step-th key, counted from the query: (query - key) % step == 0."""
+  return Dilated(_size('step', step, 1))
+
+
+def document(q_ids, kv_ids=None) -> Mask:
+  """Pairs within one document: q_ids[t] == kv_ids[s].
+
+  Args:
+    q_ids: int [T] or [B, T], the document of each query, by index.
+    kv_ids: int [S] or [B, S]; None means the same as q_ids (T == S).
+  """
+  q_ids = _ids('q_ids', q_ids)
+  return Document(q_ids, q_ids if kv_ids is None else _ids('kv_ids', kv_ids))
+
+
+def function(f: Callable, *arrays) -> Mask:
+  """Any predicate f(b, h, i, j, *arrays) -> bool on batch, query head, query position and key position.
+
+  f gets broadcastable index arrays ([B,1,1,1], [1,H,1,1], [1 or B,1,t,1], [1 or B,1,1,s]) and must be elementwise in
+  them. Arrays that f reads and that may be traced are passed as `arrays`, not closed over.
+  """
+  if not callable(f):
+    raise ValueError(f'f={f!r} is not callable, expected a function f(b, h, i, j, *arrays)')
+  return Function(tuple(jnp.asarray(x) for x in arrays), f)
+
+
+def array(values) -> Mask:
+  """A bool array, True where attention is allowed, that broadcasts to [B, H, T, S]; by index."""
+  values = jnp.asarray(values)
+  if values.dtype != bool:
+    raise ValueError(f'mask array has dtype {values.dtype}, expected bool (an additive mask is a `bias`)')
+  if values.ndim > 4:
+    raise ValueError(f'mask array has shape {values.shape}, expected at most 4 axes [B, H, T, S]')
+  return Array(values.reshape((1,) * (4 - values.ndim) + values.shape))
+
+
+def dense(mask: Mask, T: int, S: int | None = None, *, batch=1, heads=1, positions=None, kv_positions=None):
+  """The mask as an array [1 or B, 1 or H, T, S] of bool, for tests and pictures: O(TS) memory.
+
+  Args:
+    mask: any mask.
+    T: number of queries.
+    S: number of keys; None means T.
+    batch: B, for masks that depend on the row of the batch.
+    heads: H, for masks that depend on the head.
+    positions: int [T] or [B, T] query positions; None means 0..T-1.
+    kv_positions: int [S] or [B, S]; None means 0..S-1.
+
+  Raises:
+    ValueError: an array inside the mask does not fit T, S, batch or heads.
+  """
+  S = T if S is None else S
+  check(mask, batch, heads, T, S)
+  q, k = tokens(T, positions), tokens(S, kv_positions)
+  seen = mask.tile(q, k, batch, heads)
+  return jnp.broadcast_to(seen, (*seen.shape[:2], T, S))
+
+
+def tokens(length: int, positions=None) -> Tokens:
+  """All `length` tokens of an array, at the given positions [t] or [B, t] (None: their indices)."""
+  index = jnp.arange(length, dtype=jnp.int32)
+  return Tokens(index, jnp.atleast_2d(index if positions is None else jnp.asarray(positions)))
+
+
+def check(mask: Mask, B: int, H: int, T: int, S: int) -> None:
+  """Raises ValueError unless every array inside `mask` fits B, H, T and S."""
+  for part in jax.tree.leaves(mask, is_leaf=lambda x: isinstance(x, Mask) and not isinstance(x, And | Or | Not)):
+    if isinstance(part, Array):
+      for axis, got, want in zip('BHTS', part.values.shape, (B, H, T, S)):
+        if got not in (1, want):
+          raise ValueError(f'mask array has {got} on axis {axis} (shape {part.values.shape}), expected 1 or {want}')
+    elif isinstance(part, Document):
+      for name, ids, n in (('q_ids', part.q_ids, T), ('kv_ids', part.kv_ids, S)):
+        if ids.shape[-1] != n or (ids.ndim == 2 and ids.shape[0] not in (1, B)):
+          raise ValueError(f'document {name} have shape {ids.shape}, expected [{n}] or [{B}, {n}]')
+    elif isinstance(part, Causal | Prefix):
+      name, x = ('offset', part.offset) if isinstance(part, Causal) else ('length', part.length)
+      if np.ndim(x) and np.shape(x)[0] not in (1, B):
+        raise ValueError(f'{name} has shape {np.shape(x)}, expected [] or [{B}]')
+
+
+def _row(q: Tokens):
+  return q.position[:, None, :, None]
+
+
+def _column(k: Tokens):
+  return k.position[:, None, None, :]
+
+
+def _per_batch(x):
+  """A scalar as it is; [B] as [B, 1, 1, 1]."""
+  return x if np.ndim(x) == 0 else x[:, None, None, None]
+
+
+def _range(x):
+  """Smallest and largest value of x, or None where they are known only at run time."""
+  if isinstance(x, jax.core.Tracer) or np.size(x) == 0:
+    return None
+  return int(np.min(x)), int(np.max(x))
+
+
+def _verdict(empty, full):
+  return np.where(empty, EMPTY, np.where(full, FULL, PARTIAL)).astype(np.int8)
+
+
+def _mask(x):
+  if not isinstance(x, Mask):
+    raise ValueError(f'cannot combine a mask with {type(x).__name__}: wrap a bool array in masks.array(...)')
+  return x
+
+
+def _size(name, value, minimum):
+  try:
+    value = operator.index(value)
+  except TypeError:
+    raise ValueError(f'{name}={value!r} is not an integer') from None
+  if value < minimum:
+    raise ValueError(f'{name}={value} must be at least {minimum}')
+  return value
+
+
+def _integers(name, value):
+  if isinstance(value, int | np.integer) and not isinstance(value, bool):
+    return int(value)
+  value = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
+  if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim > 1:
+    raise ValueError(f'{name} has dtype {value.dtype} and shape {value.shape}, expected an integer or an int array [B]')
+  return value
+
+
+def _ids(name, ids):
+  ids = jnp.asarray(ids)
+  if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim not in (1, 2):
+    raise ValueError(f'{name} have dtype {ids.dtype} and shape {ids.shape}, expected integers [t] or [B, t]')
+  return ids

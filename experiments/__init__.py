@@ -1,0 +1,1 @@
+"""One file per question: configs, benchmarks and reports. Nothing imports this package."""

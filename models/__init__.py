@@ -1,0 +1,1 @@
+"""Flax NNX modules that own parameters: the decoder, its mixers, and generation."""
