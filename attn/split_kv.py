@@ -1,5 +1,7 @@
 """Softmax attention over runs of keys that are merged at the end: the decode form of FlashAttention-2."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,7 +11,7 @@ from attn import softmax
 def attend(q, k, v, *, splits, kv_positions=None, positions=None, sinks=None, return_residual=False, **options):
   """Softmax attention as a merge of `splits` partial results, exactly.
 
-      (out_n, lse_n) = attention to the n-th run of keys;    out = sum_n exp(lse_n - lse) out_n,  lse = log sum_n exp(lse_n)
+      out = sum_n exp(lse_n - lse) out_n,   lse = log sum_n exp(lse_n),   (out_n, lse_n) over the n-th run of keys
 
   With few queries, as in decoding, the runs are what can be computed at the same time.
 
@@ -49,7 +51,7 @@ def attend(q, k, v, *, splits, kv_positions=None, positions=None, sinks=None, re
   positions = np.arange(q.shape[1]) if positions is None else positions
   ends = [n * S // splits for n in range(splits + 1)]
   parts = []
-  for start, end in zip(ends[:-1], ends[1:]):
+  for start, end in itertools.pairwise(ends):
     here = jnp.asarray(kv_positions)[..., start:end]
     run = dict(options, positions=positions, kv_positions=here, return_residual=True)
     parts.append(softmax.attend(q, k[:, start:end], v[:, start:end], **run))

@@ -37,17 +37,9 @@ class _Plan:
 
 def attend(call, blocks=None):
   """`softmax.attend` for a checked Call: (out [B, T, H, V], lse [B, T, H]). Memory O(T + S), work by the mask."""
-  T, S = call.q.shape[1], call.k.shape[1]
-  bq, bk = (blocks.q, blocks.kv) if blocks else _default_blocks(T, S)
-  if bq < 1 or bk < 1:
+  if blocks is not None and not (blocks.q >= 1 and blocks.kv >= 1):
     raise ValueError(f'blocks={blocks} must be at least 1')
-  bq, bk = max(1, min(bq, T)), max(1, min(bk, S))
-  if call.positions is None and call.kv_positions is None:
-    verdict = _verdicts(call.mask, T, S, bq, bk)
-  else:  # positions are known at run time only
-    verdict = np.full((-(-T // bq), -(-S // bk)), masks.PARTIAL)
-  whole, partial = (np.argwhere(verdict == kind).astype(np.int32).tobytes() for kind in (masks.FULL, masks.PARTIAL))
-  plan = _Plan(bq, bk, whole, partial)
+  plan = _planned(call, blocks.q, blocks.kv) if blocks else _best_plan(call)
   try:
     out, lse = _attend(plan, call)
   except TypeError as error:
@@ -60,10 +52,28 @@ def attend(call, blocks=None):
 _FIRST_ORDER = "implementation='xla' has first-order reverse mode only, use implementation='reference'"
 
 
-def _default_blocks(T, S):
-  # On CPU the tile with its exponentials should stay in the cache; larger ones pay off once the loop is long.
-  size = 128 if max(T, S) <= 1024 else 256 if max(T, S) <= 4096 else 512
-  return size, size
+def _best_plan(call):
+  """The plan that should be fastest, of square tiles that keep the scores of a tile in the caches of a CPU."""
+  (B, T, H, _), S = call.q.shape, call.k.shape[1]
+  # Beside its scores a tile costs its share of slices and updates of q, k, v and out. Constants: fitted to times of
+  # forward and backward on two CPU cores, T = 256 to 8192, full and windowed.
+  tiles = lambda plan: sum(len(part) for part, _ in plan.tiles())
+  cost = lambda plan: tiles(plan) * (plan.bq * plan.bk + 12 * (plan.bq + plan.bk) + 512)
+  in_cache = [size for size in (64, 128, 256) if B * H * size**2 <= 2**20] or [64]
+  sizes = [size for size in in_cache if (T // size) * (S // size) <= 2**22] or [512]  # a list of bearable length
+  return min((_planned(call, size, size) for size in sizes), key=cost)
+
+
+def _planned(call, bq, bk):
+  """The plan of a call with tiles of bq queries and bk keys, or of all there are."""
+  T, S = call.q.shape[1], call.k.shape[1]
+  bq, bk = max(1, min(bq, T)), max(1, min(bk, S))
+  if call.positions is None and call.kv_positions is None:
+    verdict = _verdicts(call.mask, T, S, bq, bk)
+  else:  # positions are known at run time only
+    verdict = np.full((-(-T // bq), -(-S // bk)), masks.PARTIAL)
+  whole, partial = (np.argwhere(verdict == kind).astype(np.int32).tobytes() for kind in (masks.FULL, masks.PARTIAL))
+  return _Plan(bq, bk, whole, partial)
 
 
 def _verdicts(mask, T, S, bq, bk):

@@ -1,0 +1,94 @@
+"""What a trained model does with text: which bytes a head looks at, what it writes after a prompt."""
+
+import re
+
+import jax
+import numpy as np
+
+from models import generate
+from train.config import SEPARATOR
+
+FAR = 4  # bytes back from which on a head is said to look far
+PYTHON_PROMPTS = ('import ', 'def __init__(self, ', 'class ', '    """Return the ')
+TEMPERATURES = (0.0, 0.8)
+NEW_BYTES = 200
+
+
+def snippet(files, length):
+  """(file name, tokens): a separator and length - 1 bytes of a held-out file, from the start of a method if any."""
+  for name, text in files:
+    found = re.search(rb'    def __init__\(self, [^\n]+\n        self\.[^\n]+\n', text)
+    if found and len(text) - found.start() >= length:
+      return name, [SEPARATOR, *text[found.start() : found.start() + length - 1]]
+  name, text = max(files, key=lambda file: len(file[1]))
+  return name, [SEPARATOR, *text[: length - 1]]
+
+
+def farthest_head(config, model, tokens):
+  """The head that puts the most weight on keys at least FAR back, the first key excepted.
+
+  Args:
+    config: DecoderConfig.
+    model: Decoder.
+    tokens: T ids.
+
+  Returns:
+    (layer, head, its weights [T, T], its mean weight there, number of heads looked at).
+  """
+  T = len(tokens)
+  is_far = np.arange(T)[:, None] - np.arange(T) >= FAR
+  is_far[:, 0] = False
+  best: tuple = ()
+  # One program, in which the compiler computes what the layers share once.
+  maps = jax.jit(lambda tokens: [model.attention_map(tokens, layer)[0] for layer in range(config.depth)])
+  for layer, weights_HTT in enumerate(map(np.asarray, maps(np.asarray([tokens], np.int32)))):
+    # The first queries have nothing far to look at.
+    shares = np.where(is_far, weights_HTT, 0).sum(-1)[:, min(FAR + 1, T - 1) :].mean(-1)
+    head = int(shares.argmax())
+    if not best or shares[head] > best[3]:
+      best = layer, head, weights_HTT[head], float(shares[head])
+  return *best, config.depth * config.heads
+
+
+def prompts(data, files):
+  """Texts to continue: of Python if that is what was trained on, otherwise beginnings of held-out files."""
+  if 'python_stdlib' in data.source:
+    return list(PYTHON_PROMPTS)
+  return [as_text(text[:24]) for _, text in files[:3]]
+
+
+def continuations(config, model, texts, temperature, seed=0):
+  """What the model writes after each text, up to its row length, or until it ends the file.
+
+  Args:
+    config: train.config.Config.
+    model: Decoder.
+    texts: [str].
+    temperature: 0 takes the most likely byte.
+    seed: of sampling.
+
+  Returns:
+    [str], without the prompts. Bytes that are no text show as replacement characters.
+  """
+  T = config.data.seq_len
+  # A line end first: in the middle of a file a prompt stands at the start of a line.
+  rows = [np.frombuffer(f'\n{text}'.encode()[: T - 1], np.uint8) for text in texts]
+  lengths = np.array([len(row) for row in rows])
+  prompt = np.zeros((len(rows), lengths.max()), np.int32)
+  for i, row in enumerate(rows):
+    prompt[i, : len(row)] = row
+  new = max(1, min(NEW_BYTES, T - int(lengths.max())))
+  key = jax.random.key(seed) if temperature else None
+  tokens, ends = generate.generate(
+    model, prompt, new, lengths=lengths, temperature=temperature, key=key, stop_token=SEPARATOR
+  )
+  written = zip(np.asarray(tokens), lengths, np.asarray(ends), strict=True)
+  return [as_text(row[start:end]) for row, start, end in written]
+
+
+def as_text(tokens):
+  """Bytes or ids as text; control characters and broken UTF-8 show as replacement characters, 256 as an end sign."""
+  tokens = [int(token) for token in tokens]
+  text = bytes(token for token in tokens if token < SEPARATOR).decode('utf-8', errors='replace')
+  text = ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
+  return text + ('∎' if SEPARATOR in tokens else '')

@@ -1,0 +1,125 @@
+"""Writes the parts of README.md that are made from the catalog and from stored results.
+
+  python -m experiments.readme
+  python -m experiments.readme --check
+
+Each part stands between two marks, <!-- begin NAME --> and <!-- end NAME -->. --check writes nothing and fails if a
+part is not what it should be.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from attn import catalog
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RESULTS = os.path.join('experiments', 'results')
+
+
+def updated(text, root=ROOT):
+  """The text of README.md with its parts made anew.
+
+  Raises:
+    ValueError: a part has no marks in the text.
+  """
+  for name, content in (('methods', catalog.table()), ('figures', figures(root))):
+    marks = f'<!-- begin {name} -->', f'<!-- end {name} -->'
+    before, found, rest = text.partition(marks[0])
+    _, found_end, after = rest.partition(marks[1])
+    if not (found and found_end):
+      raise ValueError(f'README.md: expected {marks[0]} and then {marks[1]}')
+    text = f'{before}{marks[0]}\n{content.strip()}\n{marks[1]}{after}'
+  return text
+
+
+def figures(root=ROOT):
+  """What was measured, as a Markdown table of the files in experiments/results; a sentence if there are none."""
+  rows, places = [], []
+  bench = _read(root, 'bench_core.json')
+  for name, part in bench.items():
+    rows += PARTS[name](part)
+    places.append(_place('`make bench`', part))
+  for name, command in (('quickstart', '`make train`'), ('quickstart_long', 'a longer run')):
+    if run := _read(root, f'{name}.json'):
+      rows.append(_run_row(command, run))
+      places.append(_place(command, run))
+  if not rows:
+    return 'None are stored yet.'
+  table = ['| what | figure | goal |', '|---|---|---|', *(f'| {" | ".join(row)} |' for row in rows)]
+  return '\n'.join([*table, '', 'Measured: ' + '; '.join(dict.fromkeys(places)) + '.'])
+
+
+def _attention(part):
+  label = lambda row: f"attention, T = {row['T']}, {row['pass']}, time over jax.nn's"
+  rows = [(label(row), f'{row["ratio"]:.2f}', f'{row["at_most"]}') for row in part['times']]
+  for row in part['memory']:
+    what = f'attention, {row["pass"]}, temporary memory at T = {row["T"][-1]:,} (jax.nn)'
+    figure = f'{row["first_bytes"][-1] / 2**20:.0f} MiB ({row["second_bytes"][-1] / 2**20:,.0f} MiB)'
+    rows.append((what, f'{figure}, grows as T^{row["first_exponent"]:.2f} (T^{row["second_exponent"]:.2f})', 'T^1'))
+  return rows
+
+
+def _loop(part):
+  return [('training loop, time over its bare step', f'{part["ratio"]:.3f}', f'{part["at_most"]}')]
+
+
+def _step(part):
+  return [("training step, time over eager PyTorch's", f'{part["ratio"]:.2f}', f'{part["at_most"]}')]
+
+
+def _import(part):
+  return [('`import attn`', f'{part["attn_s"]:.2f} s, of which jax {part["jax_s"]:.2f} s', f'{part["at_most"]} s')]
+
+
+PARTS = {'attention': _attention, 'loop': _loop, 'step': _step, 'import': _import}
+
+
+def _run_row(command, run):
+  """The row of a file of experiments.store_result."""
+  packed = ', '.join(f'{name} {bits:.2f}' for name, bits in run['compressors'].items())
+  sizes = f'{run["parameters"] / 1e6:.1f} M parameters, {_time(run["seconds"])} of training'
+  what = f'{command}: held-out bits per byte ({packed}), {sizes}'
+  return what, f'{run["held_out"]["bits_per_byte"]:.3f}', '2.1' if command == '`make train`' else ''
+
+
+def _place(what, facts):
+  """Where and when something was measured."""
+  cores = f', {facts["cores"]} cores' if 'cores' in facts else ''
+  return f'{what} on {facts["device"]}{cores}, {facts["date"]}, jax {facts["versions"]["jax"]}'
+
+
+def _time(seconds):
+  return f'{seconds / 3600:.1f} h' if seconds >= 3600 else f'{seconds / 60:.1f} min'
+
+
+def _read(root, name):
+  path = os.path.join(root, RESULTS, name)
+  if not os.path.exists(path):
+    return {}
+  with open(path, encoding='utf-8') as file:
+    return json.load(file)
+
+
+def main(argv=None):
+  about = 'Writes the parts of README.md that are made from the catalog and from stored results.'
+  parser = argparse.ArgumentParser(prog='python -m experiments.readme', description=about)
+  parser.add_argument('--check', action='store_true', help='write nothing, fail if something would change')
+  arguments = parser.parse_args(argv)
+  path = os.path.join(ROOT, 'README.md')
+  with open(path, encoding='utf-8') as file:
+    old = file.read()
+  new = updated(old)
+  if arguments.check and new != old:
+    print('README.md is not up to date: run `make docs`', file=sys.stderr)
+    return 1
+  if new != old:
+    with open(path, 'w', encoding='utf-8') as file:
+      file.write(new)
+  print('README.md is up to date')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

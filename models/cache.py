@@ -1,0 +1,76 @@
+"""The cache of a whole model: the states of its layers and the length of every row."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+NEVER = 2**30  # a position no text reaches: a row that lost entries stays lost
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelCache:
+  """States of all layers, a pytree; made by `Decoder.init_cache`, changed by `Decoder.extend`.
+
+  Attributes:
+    layers: the mixers' states, one per layer; of a scanned decoder one per layer of the pattern, repeats on axis 0.
+    length: [B] tokens held in each row.
+    reach: [B] longest length each row has had.
+    capacity: tokens a row may hold (static).
+    slack: tokens that may be rolled back (static); layers that keep everything need none.
+    is_local: whether some layer keeps only the newest entries (static).
+    is_scanned: whether `layers` have the repeat axis (static).
+  """
+
+  layers: list[Any]
+  length: jax.Array
+  reach: jax.Array
+  capacity: int = dataclasses.field(metadata={'static': True})
+  slack: int = dataclasses.field(metadata={'static': True})
+  is_local: bool = dataclasses.field(metadata={'static': True})
+  is_scanned: bool = dataclasses.field(metadata={'static': True})
+
+  def rollback(self, n):
+    """Forgets the last n tokens of every row (all of a shorter row), as if they had never come.
+
+    Args:
+      n: tokens, static.
+
+    Raises:
+      ValueError: n < 0, or a layer keeps a ring of entries and n > slack. Rolling back several times in a row beyond
+        the slack cannot be seen here: such rows give NaN from then on.
+    """
+    if n < 0:
+      raise ValueError(f'n={n} must be 0 or more')
+    if self.is_local and n > self.slack:
+      raise ValueError(f'n={n} is more than slack={self.slack}: init_cache(..., slack={n}) keeps what it takes')
+    length = jnp.maximum(self.length - n, 0)
+    forget = lambda state: state.rollback(length)
+    layers = [jax.vmap(forget)(state) if self.is_scanned else forget(state) for state in self.layers]
+    return dataclasses.replace(self, layers=layers, length=length)
+
+  def fork(self, copies):
+    """Every row `copies` times, next to each other: row b becomes rows b * copies, ..., (b + 1) * copies - 1."""
+    if copies < 1:
+      raise ValueError(f'copies={copies} must be at least 1')
+    repeat = lambda axis: lambda x: jnp.repeat(x, copies, axis=axis)
+    return dataclasses.replace(
+      self,
+      layers=jax.tree.map(repeat(1 if self.is_scanned else 0), self.layers),
+      length=repeat(0)(self.length),
+      reach=repeat(0)(self.reach),
+    )
+
+  def advance(self, layers, positions):
+    """The cache after tokens at `positions` [B, n] went through the layers, and which rows can be trusted.
+
+    Returns:
+      (ModelCache, [B] bool: False where a ring had already lost entries that these tokens should have seen)
+    """
+    first = jnp.min(jnp.where(positions >= 0, positions, NEVER), axis=1)
+    length = jnp.maximum(self.length, jnp.max(positions, axis=1) + 1).astype(jnp.int32)
+    good = jnp.ones_like(first, bool) if not self.is_local else first >= self.reach - self.slack
+    reach = jnp.where(good, jnp.maximum(self.reach, length), 2 * NEVER - 1)
+    return dataclasses.replace(self, layers=layers, length=length, reach=reach), good

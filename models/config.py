@@ -1,0 +1,193 @@
+"""What a decoder is made of, as plain dataclasses that a command line can set field by field."""
+
+import dataclasses
+import math
+
+from attn import positions, softmax
+
+MLPS = ('swiglu', 'geglu', 'gelu', 'relu2')
+REMATS = ('none', 'full', 'dots')
+ROPE_SCALINGS = ('', 'linear', 'ntk', 'yarn', 'llama3')
+DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+
+
+@dataclasses.dataclass
+class LayerSpec:
+  """The mixer of one layer and its settings. 0 and '' mean off.
+
+  Attributes:
+    mixer: a name in models.mixers.MIXERS.
+    window: tokens a query may look back, itself included; 0 means all.
+    chunk: a query sees only keys of its own chunk of this many positions; 0 means no chunks.
+    rope_base: base of the rotary frequencies.
+    rope_fraction: share of the head's width that is rotated, from its front; 0 means no positions.
+    rope_scaling: '', 'linear', 'ntk', 'yarn' or 'llama3', see attn/positions.py.
+    rope_factor: how many times longer than rope_original_length the scaled positions reach.
+    rope_original_length: length in tokens before scaling; 'yarn' and 'llama3' need it.
+  """
+
+  mixer: str = 'attention'
+  window: int = 0
+  chunk: int = 0
+  rope_base: float = 10000.0
+  rope_fraction: float = 1.0
+  rope_scaling: str = ''
+  rope_factor: float = 1.0
+  rope_original_length: int = 0
+
+  def validate(self, name='layer'):
+    """Raises ValueError that names the field, its value and what was expected."""
+    at_least(self, name, {'window': 0, 'chunk': 0, 'rope_original_length': 0})
+    one_of(self, name, {'rope_scaling': ROPE_SCALINGS})
+    if not 1 < self.rope_base < math.inf:
+      raise ValueError(f'{name}.rope_base={self.rope_base} must be a finite number above 1')
+    if not 0 <= self.rope_fraction <= 1:
+      raise ValueError(f'{name}.rope_fraction={self.rope_fraction} must lie in [0, 1]')
+    if not 1 <= self.rope_factor < math.inf:
+      raise ValueError(f'{name}.rope_factor={self.rope_factor} must be a finite number, 1 or more')
+    if self.rope_factor != 1 and not self.rope_scaling:
+      raise ValueError(f"{name}.rope_factor={self.rope_factor} has no effect with rope_scaling=''")
+    if self.rope_scaling in ('yarn', 'llama3') and self.rope_original_length < 8:
+      raise ValueError(
+        f'{name}.rope_original_length={self.rope_original_length} must be at least 8 '
+        f'with rope_scaling={self.rope_scaling!r}'
+      )
+
+  def rotary(self):
+    """The rotary positions of the layer, or None where it has none."""
+    if not self.rope_fraction:
+      return None
+    scaling = {
+      '': lambda factor, length: None,
+      'linear': lambda factor, length: positions.Linear(factor),
+      'ntk': lambda factor, length: positions.NTKAware(factor),
+      'yarn': lambda factor, length: positions.YaRN(factor, length),
+      'llama3': lambda factor, length: positions.Llama3(factor, 1.0, 4.0, length),
+    }[self.rope_scaling](self.rope_factor, self.rope_original_length)
+    return positions.Rotary(self.rope_base, self.rope_fraction, scaling)
+
+
+@dataclasses.dataclass
+class DecoderConfig:
+  """A decoder-only language model. 0 and '' mean off, or the default named below.
+
+  Attributes:
+    vocab: number of token ids.
+    width: E, width of the residual stream.
+    depth: number of layers.
+    heads: H, query heads.
+    kv_heads: K, key heads, a divisor of heads; 0 means heads.
+    head_dim: D, width of a head; 0 means width / heads.
+    mlp_width: width inside the MLP; 0 means 4 width for a plain MLP and 8/3 width, rounded up to 64, for a gated one.
+    mlp: 'swiglu', 'geglu' (gated), 'gelu' or 'relu2' (plain).
+    layers: pattern of layers, repeated up to depth, which must be a multiple of its length.
+    qk_norm: RMSNorm with a learned scale on each head of q and k, before rotation.
+    attn_soft_cap: c of c tanh(s / c) on attention scores; 0 means none.
+    logit_soft_cap: the same on the output logits.
+    sinks: one learned logit per head that takes probability and gives no value.
+    attn_bias: biases on the q, k, v and o projections.
+    mlp_bias: biases in the MLP.
+    tied_embeddings: the embedding table is also the output projection.
+    norm_eps: added to the mean square in RMSNorm.
+    remat: what the backward pass computes again: 'none'; 'full' (all inside a layer); 'dots' (all but the results
+      of the projections and of attention).
+    scan: run the repeats of the pattern as one jax.lax.scan, so that compile time does not grow with depth.
+    dtype: of activations and matrix products. Statistics and logits are at least float32.
+    param_dtype: of parameters.
+    implementation: of attention, a name in attn.softmax.IMPLEMENTATIONS; '' lets attn choose.
+  """
+
+  vocab: int = 256
+  width: int = 256
+  depth: int = 4
+  heads: int = 4
+  kv_heads: int = 0
+  head_dim: int = 0
+  mlp_width: int = 0
+  mlp: str = 'swiglu'
+  layers: list[LayerSpec] = dataclasses.field(default_factory=lambda: [LayerSpec()])
+  qk_norm: bool = False
+  attn_soft_cap: float = 0.0
+  logit_soft_cap: float = 0.0
+  sinks: bool = False
+  attn_bias: bool = False
+  mlp_bias: bool = False
+  tied_embeddings: bool = True
+  norm_eps: float = 1e-6
+  remat: str = 'none'
+  scan: bool = False
+  dtype: str = 'float32'
+  param_dtype: str = 'float32'
+  implementation: str = ''
+
+  @property
+  def K(self):
+    """Key heads."""
+    return self.kv_heads or self.heads
+
+  @property
+  def D(self):
+    """Width of a head."""
+    return self.head_dim or self.width // self.heads
+
+  @property
+  def F(self):
+    """Width inside the MLP."""
+    if self.mlp_width:
+      return self.mlp_width
+    return -(-8 * self.width // (3 * 64)) * 64 if self.is_gated else 4 * self.width
+
+  @property
+  def is_gated(self):
+    """Whether the MLP multiplies two projections."""
+    return self.mlp in ('swiglu', 'geglu')
+
+  def spec(self, layer):
+    """The LayerSpec of layer 0, 1, ... depth - 1."""
+    return self.layers[layer % len(self.layers)]
+
+  def validate(self, name='model'):
+    """Raises ValueError that names the field, its value and what was expected; returns self."""
+    from models import mixers  # which imports flax: a config can be read without it
+
+    at_least(self, name, {'vocab': 1, 'width': 1, 'depth': 1, 'heads': 1, 'kv_heads': 0, 'head_dim': 0, 'mlp_width': 0})
+    one_of(self, name, {'mlp': MLPS, 'remat': REMATS, 'dtype': DTYPES, 'param_dtype': DTYPES})
+    one_of(self, name, {'implementation': ('', *softmax.IMPLEMENTATIONS)})
+    if not self.layers:
+      raise ValueError(f'{name}.layers=[] must name at least one layer')
+    if self.depth % len(self.layers):
+      raise ValueError(f'{name}.depth={self.depth} must be a multiple of len(layers)={len(self.layers)}')
+    if self.heads % self.K:
+      raise ValueError(f'{name}.kv_heads={self.kv_heads} must divide heads={self.heads}')
+    if not self.head_dim and self.width % self.heads:
+      raise ValueError(f'{name}.heads={self.heads} must divide width={self.width}, or give head_dim')
+    for field in ('attn_soft_cap', 'logit_soft_cap'):
+      if not 0 <= getattr(self, field) < math.inf:
+        raise ValueError(f'{name}.{field}={getattr(self, field)} must be a finite number, 0 (off) or above')
+    if not 0 < self.norm_eps < 1:
+      raise ValueError(f'{name}.norm_eps={self.norm_eps} must lie between 0 and 1')
+    for i, spec in enumerate(self.layers):
+      spec.validate(f'{name}.layers[{i}]')
+      one_of(spec, f'{name}.layers[{i}]', {'mixer': tuple(mixers.MIXERS)})
+      if spec.rope_fraction:
+        try:
+          positions.frequencies(spec.rotary(), self.D)
+        except ValueError as e:
+          raise ValueError(f'{name}.layers[{i}].rope_fraction={spec.rope_fraction}: {e}') from e
+    return self
+
+
+def at_least(record, name, least):
+  """ValueError unless the integer fields of `record` reach the values of `least`."""
+  for field, low in least.items():
+    value = getattr(record, field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+      raise ValueError(f'{name}.{field}={value!r} must be an integer, {low} or more')
+
+
+def one_of(record, name, known):
+  """ValueError unless the fields of `record` have one of the values in `known`."""
+  for field, names in known.items():
+    value = getattr(record, field)
+    if value not in names:
+      raise ValueError(f'{name}.{field}={value!r} must be one of {", ".join(map(repr, names))}')

@@ -1,0 +1,238 @@
+"""A decoder-only language model whose layers are named by data.
+
+    model = Decoder(DecoderConfig(depth=4, layers=[LayerSpec(window=128), LayerSpec()]), rngs=nnx.Rngs(0))
+    logits = model(tokens)                                    # training: the whole text
+    cache = model.init_cache(batch=2, capacity=512)           # inference: a prompt, then token by token
+    logits, cache = model.extend(prompt, None, cache)
+
+No sharding is written here: parameters are placed from outside, by their paths, and everything else follows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attn import masks
+from models import layers, mixers
+from models.cache import ModelCache
+
+
+class Block(nnx.Module):
+  """One layer: x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+  def __init__(self, spec, config, *, rngs):
+    norm = lambda: layers.RMSNorm(config.width, eps=config.norm_eps, param_dtype=config.param_dtype)
+    self.mixer_norm, self.mlp_norm = norm(), norm()
+    self.mixer = mixers.mixer(spec, config, rngs=rngs)
+    self.mlp = layers.MLP(
+      config.mlp,
+      config.width,
+      config.F,
+      has_bias=config.mlp_bias,
+      out_std=(2 * config.depth) ** -0.5,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+      rngs=rngs,
+    )
+
+  def __call__(self, x, state=None, positions=None, segment_ids=None):
+    y, state = self.mixer.apply(self.mixer_norm(x), state, positions=positions, segment_ids=segment_ids)
+    x = x + y
+    return x + self.mlp(self.mlp_norm(x)), state
+
+
+class Decoder(nnx.Module):
+  """Embedding, depth layers, norm, output projection.
+
+  Parameter paths: embed.table, blocks.I.mixer_norm.scale, blocks.I.mixer.{q,k,v,o}.{kernel,bias},
+  blocks.I.mixer.{q_norm,k_norm}.scale, blocks.I.mixer.sinks, blocks.I.mlp_norm.scale,
+  blocks.I.mlp.{gate,up,down}.{kernel,bias}, norm.scale, head.kernel (if embeddings are not tied). I counts layers;
+  with config.scan it counts the layers of the pattern, and parameters have the repeats on axis 0. Kernels are
+  [in, out]. Both forms start from the same values.
+
+  Token ids outside 0 .. vocab - 1 give NaN for the rest of their row: data must be checked before.
+
+  Args:
+    config: DecoderConfig; it is validated.
+    rngs: nnx.Rngs.
+  """
+
+  def __init__(self, config, *, rngs):
+    config.validate()
+    self.dtype, self.scan, self.remat = jnp.dtype(config.dtype), config.scan, config.remat
+    self.depth, self.pattern = config.depth, len(config.layers)
+    self.soft_cap = config.logit_soft_cap
+    self.has_chunks = any(spec.chunk for spec in config.layers)
+    dtypes = {'dtype': config.dtype, 'param_dtype': config.param_dtype}
+    self.embed = layers.Embed(config.vocab, config.width, std=config.width**-0.5, rngs=rngs, **dtypes)
+    keys = jax.random.split(rngs.params(), config.depth)
+    block = lambda i: lambda key: Block(config.spec(i), config, rngs=nnx.Rngs(params=key))
+    if config.scan:
+      self.blocks = nnx.List([nnx.vmap(block(i))(keys[i :: self.pattern]) for i in range(self.pattern)])
+    else:
+      self.blocks = nnx.List([block(i)(keys[i]) for i in range(config.depth)])
+    self.norm = layers.RMSNorm(config.width, eps=config.norm_eps, param_dtype=config.param_dtype)
+    self.head = None if config.tied_embeddings else layers.Linear(config.width, config.vocab, rngs=rngs, **dtypes)
+
+  def __call__(self, tokens, positions=None, segment_ids=None):
+    """Logits [B, T, vocab], at least float32, of whole texts; see `hidden` for the arguments."""
+    return self.logits(self.hidden(tokens, positions, segment_ids))
+
+  def hidden(self, tokens, positions=None, segment_ids=None):
+    """The normed residual stream before the output projection.
+
+    Args:
+      tokens: [B, T] int.
+      positions: [T] or [B, T] int; None counts tokens from the start of the row (or of the segment: attention sees
+        differences, and chunks are then counted within segments). Leave them out unless the text has gaps: what is
+        hidden is then known before the program runs, and is not computed. Negative ones are padding.
+      segment_ids: [B, T] int: tokens see only tokens of equal id, adjacent ones (packed documents).
+
+    Returns:
+      [B, T, E] in config.dtype.
+    """
+    check_tokens(tokens)
+    if positions is None and segment_ids is not None and self.has_chunks:
+      positions = restart(segment_ids)
+    x, _ = self._layers(self.embed(tokens), None, positions, segment_ids)
+    return self.norm(x)
+
+  def logits(self, hidden):
+    """[B, T, E] of `hidden` -> [B, T, vocab], at least float32."""
+    out = self.embed.attend(hidden) if self.head is None else self.head(hidden, at_least_float32=True)
+    return self.soft_cap * jnp.tanh(out / self.soft_cap) if self.soft_cap else out
+
+  def init_cache(self, batch, capacity, slack=0, dtype=None):
+    """An empty cache.
+
+    Args:
+      batch: B, rows.
+      capacity: tokens a row may hold. A row that outgrows it gives NaN if some layer keeps all entries.
+      slack: tokens that `ModelCache.rollback` may forget at once; 0 is enough for models without windows and chunks.
+      dtype: of stored keys and values; None means config.dtype.
+    """
+    for name, value, least in (('batch', batch, 1), ('capacity', capacity, 1), ('slack', slack, 0)):
+      if value < least:
+        raise ValueError(f'{name}={value} must be at least {least}')
+    init = lambda block: block.mixer.init_state(batch, capacity, dtype or self.dtype, slack)
+    repeats = self.depth // self.pattern
+    stack = lambda x: jnp.broadcast_to(x, (repeats, *x.shape))
+    states = [jax.tree.map(stack, init(b)) if self.scan else init(b) for b in self.blocks]
+    return ModelCache(
+      layers=states,
+      length=jnp.zeros(batch, jnp.int32),
+      reach=jnp.zeros(batch, jnp.int32),
+      capacity=capacity,
+      slack=slack,
+      is_local=any(getattr(state, 'is_ring', False) for state in states),
+      is_scanned=self.scan,
+    )
+
+  def extend(self, tokens, positions, cache):
+    """Logits of new tokens that follow those in the cache.
+
+    Args:
+      tokens: [B, n] int; n is any number: a prompt, a part of it, one token.
+      positions: [B, n] int, increasing in each row; negative ones are padding. None means the next n positions.
+      cache: ModelCache.
+
+    Returns:
+      (logits [B, n, vocab], ModelCache). Equal to those of the whole text at once. NaN where a token does not fit
+      the capacity, and in rows that were rolled back by more than the slack.
+    """
+    hidden, cache = self.extend_hidden(tokens, positions, cache)
+    return self.logits(hidden), cache
+
+  def extend_hidden(self, tokens, positions, cache):
+    """As `extend`, with the hidden state [B, n, E] in place of the logits."""
+    check_tokens(tokens)
+    if positions is None:
+      positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    x, states = self._layers(self.embed(tokens), cache.layers, positions, None)
+    cache, is_good = cache.advance(states, positions)
+    return jnp.where(is_good[:, None, None], self.norm(x), jnp.nan), cache
+
+  def layer(self, i):
+    """The Block of layer i = 0 .. depth - 1, also of a scanned decoder (then a copy)."""
+    if not 0 <= i < self.depth:
+      raise ValueError(f'layer={i} must lie in 0 .. {self.depth - 1}')
+    if not self.scan:
+      return self.blocks[i]
+    graph, params = nnx.split(self.blocks[i % self.pattern])
+    return nnx.merge(graph, jax.tree.map(lambda x: x[i // self.pattern], params))
+
+  def attention_map(self, tokens, layer):
+    """Attention probabilities [B, H, T, T] of one layer, for pictures: O(T^2) memory. Rows sum to 1, less the sink."""
+    check_tokens(tokens)
+    mixer = self.layer(layer).mixer
+    if not isinstance(mixer, mixers.Attention):
+      raise ValueError(f'layer={layer} is {type(mixer).__name__}, expected a layer with attention weights')
+    return _attention_map(*nnx.split(self), tokens, layer)
+
+  def _layers(self, x, states, positions, segment_ids):
+    """All blocks, one by one or scanned over the repeats of the pattern; states None is no cache."""
+    states = [None] * len(self.blocks) if states is None else states
+    if not self.scan:
+      new = []
+      for block, state in zip(self.blocks, states):
+        x, state = self._remat(*nnx.split(block))(x, state, positions, segment_ids)
+        new.append(state)
+      return x, new
+    graphs, params = zip(*(nnx.split(block) for block in self.blocks))
+
+    def repeat(x, slices):
+      new = []
+      for graph, param, state in zip(graphs, *slices):
+        x, state = self._remat(graph, param)(x, state, positions, segment_ids)
+        new.append(state)
+      return x, new
+
+    return jax.lax.scan(repeat, x, (list(params), states))
+
+  def _remat(self, graph, params):
+    """The block as a function, whose backward pass keeps what config.remat says."""
+    run = lambda params, *args: nnx.merge(graph, params)(*args)
+    if self.remat != 'none':
+      run = jax.checkpoint(run, policy=POLICIES[self.remat], prevent_cse=not self.scan)
+    return lambda *args: run(params, *args)
+
+
+@functools.partial(jax.jit, static_argnames=('graph', 'layer'))
+def _attention_map(graph, state, tokens, layer):
+  model = nnx.merge(graph, state)
+  x = model.embed(tokens)
+  for i in range(layer):
+    x, _ = model.layer(i)(x)
+  last = model.layer(layer)
+  return last.mixer.weights(last.mixer_norm(x))
+
+
+POLICIES = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(*mixers.CHECKPOINT_NAMES),
+  ),
+}
+
+
+def restart(segment_ids):
+  """[B, T] ids -> [B, T] positions counted from the start of each run of equal ids."""
+  index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+  is_start = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+  return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
+
+
+def layer_masks(config, T):
+  """What each layer may see: a list of depth bool arrays [T, T], True where query t (row) sees key s."""
+  of = lambda spec: np.asarray(masks.dense(mixers.mask(spec.window, spec.chunk), T))[0, 0]
+  return [of(config.spec(i)) for i in range(config.depth)]
+
+
+def check_tokens(tokens):
+  """The input rules of token arrays that do not depend on values."""
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f'tokens are {tokens.dtype} {tokens.shape}, expected integers [B, T]')

@@ -1,0 +1,86 @@
+"""The small modules of a decoder: linear maps, RMSNorm, embedding, MLPs.
+
+Parameters are kept in `param_dtype` and products computed in `dtype`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+  """y = x W + b, computed in `dtype`.
+
+  Args:
+    width_in: channels of x.
+    width_out: channels of y.
+    has_bias: whether there is a b, zero at the start.
+    std: standard deviation of W at the start; None means width_in ** -0.5.
+    dtype: of the product.
+    param_dtype: of W and b.
+  """
+
+  def __init__(self, width_in, width_out, *, has_bias=False, std=None, dtype, param_dtype, rngs):
+    std = width_in**-0.5 if std is None else std
+    self.dtype = dtype
+    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (width_in, width_out), param_dtype))
+    self.bias = nnx.Param(jnp.zeros(width_out, param_dtype)) if has_bias else None
+
+  def __call__(self, x, *, at_least_float32=False):
+    """[..., in] -> [..., out] in dtype, or with sums kept and returned in at least float32."""
+    out = jnp.promote_types(self.dtype, jnp.float32) if at_least_float32 else self.dtype
+    y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=out)
+    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """y = g x / sqrt(mean(x^2) + eps) over the last axis; the mean is at least float32. Source: arXiv:1910.07467."""
+
+  def __init__(self, width, *, eps, param_dtype):
+    self.eps = eps
+    self.scale = nnx.Param(jnp.ones(width, param_dtype))
+
+  def __call__(self, x):
+    acc = jnp.promote_types(x.dtype, jnp.float32)
+    x_acc = x.astype(acc)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_acc), axis=-1, keepdims=True) + self.eps)
+    return (x_acc * inverse * self.scale[...].astype(acc)).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+  """Rows of a table, and the same table as an output projection."""
+
+  def __init__(self, vocab, width, *, std, dtype, param_dtype, rngs):
+    self.dtype = dtype
+    self.table = nnx.Param(std * jax.random.normal(rngs.params(), (vocab, width), param_dtype))
+
+  def __call__(self, tokens):
+    """[B, T] ids -> [B, T, E]. An id outside the vocabulary gives NaN: nothing can be raised under jit."""
+    table = self.table[...].astype(self.dtype)
+    return table.at[tokens].get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
+
+  def attend(self, x):
+    """[B, T, E] -> [B, T, vocab] products with every row, at least float32."""
+    acc = jnp.promote_types(self.dtype, jnp.float32)
+    table = self.table[...].astype(self.dtype)
+    return jnp.einsum('...e,ve->...v', x.astype(self.dtype), table, preferred_element_type=acc)
+
+
+GATES = {'swiglu': jax.nn.silu, 'geglu': jax.nn.gelu}  # down(gate_function(gate(x)) * up(x)), arXiv:2002.05202
+PLAIN = {'gelu': jax.nn.gelu, 'relu2': lambda x: jnp.square(jax.nn.relu(x))}  # down(function(up(x)))
+
+
+class MLP(nnx.Module):
+  """The per-token part of a layer, gated or plain by its kind: a name in GATES or PLAIN."""
+
+  def __init__(self, kind, width, hidden_width, *, has_bias, out_std, dtype, param_dtype, rngs):
+    common = {'has_bias': has_bias, 'dtype': dtype, 'param_dtype': param_dtype, 'rngs': rngs}
+    self.kind = kind
+    self.gate = Linear(width, hidden_width, **common) if kind in GATES else None
+    self.up = Linear(width, hidden_width, **common)
+    self.down = Linear(hidden_width, width, std=out_std * hidden_width**-0.5, **common)
+
+  def __call__(self, x):
+    if self.gate is None:
+      return self.down(PLAIN[self.kind](self.up(x)))
+    return self.down(GATES[self.kind](self.gate(x)) * self.up(x))

@@ -1,0 +1,171 @@
+"""What the documents show works: every Python block runs, every command is run, with sizes made small.
+
+A command is a line of a bash block that begins with `python -m` or `make`. A new one that no rule below knows fails.
+docs/adding_a_method.md is executed by its own test in tests/contracts.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+
+from experiments import readme
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENTS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+TINY_RUN = [
+  '--config.model.width=32', '--config.model.depth=2', '--config.data.batch=8', '--config.data.seq_len=64',
+  '--config.optimizer.warmup_steps=0', '--config.eval.bytes=256', '--config.log.tensorboard=false',
+]  # fmt: skip
+LONGEST = 300  # seconds for a command on a busy machine; they take some 10
+
+
+def blocks(path, language):
+  """The fenced blocks of a document in one language."""
+  return re.findall(rf'^```{language}\n(.*?)^```$', path.read_text(encoding='utf-8'), re.M | re.S)
+
+
+def commands():
+  """Every command that a document shows, once."""
+  found = [line for path in DOCUMENTS for block in blocks(path, 'bash') for line in block.splitlines()]
+  return list(dict.fromkeys(line for line in found if re.match(r'python -m |make\b', line)))
+
+
+def made_by(target):
+  """The Python commands that `make` runs for a target, its environment being there."""
+  done = subprocess.run(['make', '-n', *target.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+  lines = [line for line in done.stdout.splitlines() if line.startswith('.venv/bin/python -m') and ' pip ' not in line]
+  return [line.replace('.venv/bin/python', 'python', 1) for line in lines]
+
+
+def workdir_of(command):
+  return re.search(r'--workdir=(\S+)', command)[1]
+
+
+def small(command, folder):
+  """The command as arguments that write below `folder` and take seconds."""
+  words = shlex.split(command)[2:]
+  module, words = words[0], words[1:]
+  words = [re.sub(r'^--(workdir|out)=', rf'--\1={folder}/', word) for word in words]
+  if module == 'train.main' and '--help' not in words:
+    steps = [int(word.split('=')[1]) // 100 for word in words if word.startswith('--config.train.steps=')]
+    words += [*TINY_RUN, f'--config.train.steps={max([2, *steps])}']
+    if not any('data.source' in word for word in words):
+      words.append(f'--config.data.source={text_files(folder)}')
+  elif module == 'experiments.bench_core':
+    words = [*(words or ['--only=import']), '--tiny', f'--out={folder}/bench.json']
+  elif module == 'experiments.readme':
+    words = ['--check']
+  elif module == 'pytest':
+    words += ['--collect-only', '-p', 'no:cacheprovider', 'tests/test_packaging.py']
+  elif module in ('ruff', 'mypy'):  # .ci/run runs them; here only that they are there
+    words = ['--version']
+  elif module not in ('attn', 'train.main', 'experiments.report', 'experiments.store_result'):
+    raise AssertionError(f'{command}: no rule of tests/test_docs.py runs this command; add one')
+  return [sys.executable, '-m', module, *words]
+
+
+def text_files(folder):
+  """A folder with a few files of the standard library."""
+  text = folder / 'text'
+  if not text.exists():
+    text.mkdir()
+    for name in ('bisect', 'colorsys', 'heapq', 'keyword', 'queue', 'sched', 'stat', 'this', 'types'):
+      shutil.copy(pathlib.Path(sysconfig.get_paths()['stdlib']) / f'{name}.py', text)
+  return text
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Where all commands of this module write; `runs/first` of a document is below it."""
+  return tmp_path_factory.mktemp('docs')
+
+
+def run(command, folder):
+  """Runs a command, and before it the one that trains the run it needs."""
+  if '--workdir=' in command:
+    trains = [line for line in [*commands(), *made_by('make train')] if 'train.main' in line and '--workdir' in line]
+    first = next((line for line in trains if workdir_of(line) == workdir_of(command)), None)
+    assert first, f'{command}: no document shows how {workdir_of(command)} is trained'
+    if first != command and not (folder / workdir_of(command)).exists():
+      run(first, folder)
+  done = subprocess.run(
+    small(command, folder), cwd=ROOT, capture_output=True, text=True, check=False, timeout=LONGEST, env=os.environ
+  )
+  assert done.returncode == 0, f'{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}'
+  return done.stdout
+
+
+@pytest.mark.parametrize('command', [line for line in commands() if line.startswith('python')])
+def test_command(command, folder):
+  run(command, folder)
+
+
+@pytest.mark.parametrize('target', [line for line in commands() if line.startswith('make')])
+def test_target(target, folder):
+  underlying = made_by(target)
+  assert underlying, f'{target} runs no Python command'
+  for command in underlying:
+    run(command, folder)
+
+
+@pytest.mark.parametrize('path', [p for p in DOCUMENTS if p.name != 'adding_a_method.md'], ids=lambda p: p.name)
+def test_python_blocks(path, folder, monkeypatch):
+  found = blocks(path, 'python')
+  assert found
+  if "'runs/" in ''.join(found) and not (folder / 'runs/first').exists():
+    run(next(line for line in commands() if '--workdir=runs/first ' in line), folder)
+  monkeypatch.chdir(folder)
+  for block in found:
+    exec(compile(block, path.name, 'exec'), {'__name__': path.name})
+
+
+def test_make_lists_every_target():
+  listed = subprocess.run(['make'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  text = (ROOT / 'Makefile').read_text(encoding='utf-8')
+  targets = re.search(r'^\.PHONY: (.*)$', text, re.M)[1].split()
+  assert re.findall(r'^  make (\S+)', listed, re.M) == targets
+  assert {'train', 'test', 'test-all', 'lint', 'format', 'bench', 'clean'} <= set(targets)
+
+
+@pytest.mark.parametrize('target', ['train', 'report', 'test', 'test-all', 'lint', 'format', 'bench', 'docs'])
+def test_target_of_the_makefile(target, folder):
+  assert [small(command, folder) for command in made_by(f'make {target}')]
+
+
+def test_make_clean_leaves_runs(tmp_path):
+  shutil.copy(ROOT / 'Makefile', tmp_path)
+  for name in ('.venv/bin', 'attn/__pycache__', 'runs/first', 'build'):
+    (tmp_path / name).mkdir(parents=True)
+  subprocess.run(['make', 'clean'], cwd=tmp_path, capture_output=True, check=True)
+  left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*'))
+  assert left == ['Makefile', 'attn', 'runs', 'runs/first']
+
+
+def test_an_old_python_is_refused(tmp_path):
+  old = tmp_path / 'old_python'
+  old.write_text('#!/bin/sh\nexit 1\n', encoding='utf-8')
+  old.chmod(0o755)
+  command = ['make', 'lint', f'PYTHON={old}', f'VENV={tmp_path / "venv"}']
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode != 0
+  assert 'older than Python 3.11' in done.stderr
+  assert not (tmp_path / 'venv').exists()
+
+
+def test_readme_is_up_to_date():
+  text = (ROOT / 'README.md').read_text(encoding='utf-8')
+  assert readme.updated(text) == text, 'run `make docs`'
+
+
+def test_links_lead_somewhere():
+  for path in DOCUMENTS:
+    for link in re.findall(r'\]\(([^)#]+)\)', path.read_text(encoding='utf-8')):
+      if not link.startswith('http'):
+        assert (path.parent / link).exists(), f'{path.name} links to {link}'

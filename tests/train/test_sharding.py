@@ -1,0 +1,146 @@
+"""train.sharding: the rule table, and that eight devices compute what one computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from models.config import DecoderConfig, LayerSpec
+from tests.train import tiny
+from train import data, optimizer, sharding, state as states, step as steps
+from train.config import MeshConfig, OptimizerConfig, UserError
+from train.corpus import File
+
+FULL = DecoderConfig(
+  vocab=264, width=16, depth=2, heads=4, kv_heads=2, layers=[LayerSpec(window=5), LayerSpec()], qk_norm=True, sinks=True,
+  attn_bias=True, mlp_bias=True, tied_embeddings=False,
+)  # fmt: skip
+
+
+def shapes(**sizes):
+  return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in sizes.items()}
+
+
+@pytest.mark.parametrize(
+  'sizes, want',
+  [
+    ({}, (8, 1, 1, 1)),
+    ({'fsdp': 2, 'tensor': 2}, (2, 2, 1, 2)),
+    ({'data': 1}, (1, 1, 1, 1)),
+    ({'data': 2, 'context': 3}, (2, 1, 3, 1)),
+  ],
+)
+def test_mesh_sizes(sizes, want):
+  assert tuple(sharding.make_mesh(MeshConfig(**sizes)).shape.values()) == want
+
+
+def test_mesh_rejects():
+  with pytest.raises(UserError, match='mesh.data=1, mesh.fsdp=16.*at most 8 devices, got 16'):
+    sharding.make_mesh(MeshConfig(fsdp=16))
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'data': {'batch': 6}}, 'data.batch=6: expected a multiple of .* = 4'),
+    ({'train': {'accumulate': 4}}, 'data.batch=8: expected a multiple of .* = 16'),
+    ({'eval': {'batch': 2}}, 'eval.batch=2: expected a multiple of .* = 4'),
+    ({'data': {'seq_len': 15}}, 'data.seq_len=15: expected a multiple of mesh.context=2'),
+  ],
+)
+def test_batch_rejects(changes, words):
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2, context=2))
+  sharding.check_batch(tiny.config('text'), mesh)
+  with pytest.raises(UserError, match=words):
+    sharding.check_batch(tiny.config('text', **changes), mesh)
+
+
+def test_first_rule_wins_and_leading_axes_stay_whole():
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
+  rules = [(r'a\.b', P('fsdp')), (r'a\..*', P('tensor', 'fsdp'))]
+  got = sharding.params_sharding(shapes(**{'a.b': (4,), 'a.c': (3, 4, 4)}), mesh, rules)
+  assert got['a.b'].spec == P('fsdp')
+  assert got['a.c'].spec == P(None, 'tensor', 'fsdp')
+
+
+@pytest.mark.parametrize(
+  'path, shape, words',
+  [
+    ('blocks.0.mixer.gate.kernel', (4, 4), r"parameter 'blocks.0.mixer.gate.kernel' \(4, 4\) matches no rule"),
+    ('xembed.table', (4, 4), 'matches no rule'),
+    ('embed.table', (257, 4), r"mesh.tensor=2: expected a divisor of axis 0 of parameter 'embed.table' .*model.vocab"),
+    ('embed.table', (4,), 'places 2 axes, expected at most 1'),
+  ],
+)
+def test_rules_reject(path, shape, words):
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
+  with pytest.raises(UserError, match=words):
+    sharding.params_sharding(shapes(**{path: shape}), mesh)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_every_parameter_of_a_decoder_has_a_rule(scan):
+  config = DecoderConfig(**{**vars(FULL), 'depth': 4, 'scan': scan})
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
+  tx = optimizer.make(OptimizerConfig(), 10)
+  abstract = jax.eval_shape(states.initializer(config, tx, 0))
+  placed = states.shardings(abstract, mesh)
+  for path, array in abstract.params.items():
+    is_cut = path.endswith(('kernel', 'table')) or path.endswith(('q.bias', 'k.bias', 'v.bias', 'up.bias', 'gate.bias'))
+    assert (placed.params[path].shard_shape(array.shape) != array.shape) == is_cut, path
+  moments = placed.opt_state[1][0]
+  assert moments.mu == moments.nu == placed.params
+  assert moments.count.spec == P()
+
+
+TEXTS = [bytes(range(40 + i, 90 + 3 * i)) for i in range(12)]
+FILES = [File(f'f{i}', f'f{i}', text) for i, text in enumerate(TEXTS)]
+
+
+def three_steps(config, sizes, accumulate=1):
+  """Losses of three steps, and the parameters after them."""
+  mesh = sharding.make_mesh(MeshConfig(**sizes))
+  optimizer_config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule='constant', eps=1e-3)
+  tx, schedule = optimizer.make(optimizer_config, 10), optimizer.schedule(optimizer_config, 10)
+  init = states.initializer(config, tx, 0)
+  placed = states.shardings(jax.eval_shape(init), mesh)
+  by_rows = NamedSharding(mesh, sharding.ROWS)
+  step = jax.jit(
+    steps.trainer(states.graph(config), tx, schedule, accumulate=accumulate),
+    donate_argnums=0,
+    in_shardings=(placed, by_rows),
+    out_shardings=(placed, NamedSharding(mesh, P())),
+  )
+  with jax.set_mesh(mesh):
+    state = jax.jit(init, out_shardings=placed)()
+    batches = data.batches(data.Rows(FILES, 16), 8, by_rows, 0)
+    losses = []
+    for _ in range(3):
+      _, local, arrays = next(batches)
+      state, sums = step(state, data.to_global(local, arrays, 8, by_rows))
+      losses.append(float(sums['nll'] / sums['tokens']))
+  return losses, jax.device_get(state.params)
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  return three_steps(FULL, {'data': 1})
+
+
+@pytest.mark.parametrize(
+  'sizes, accumulate',
+  [
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 1),
+    ({'data': 2, 'context': 2, 'tensor': 2}, 1),
+    ({'data': 2, 'fsdp': 2, 'context': 2}, 2),
+  ],
+)
+def test_eight_devices_equal_one(one_device, sizes, accumulate):
+  # Only the order of sums differs: 1e-5 of the loss, and 1e-3 of the learning rate's 1e-2 a step for parameters.
+  want_losses, want = one_device
+  losses, params = three_steps(FULL, sizes, accumulate)
+  assert want_losses[2] < want_losses[0] - 0.1
+  np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+  for path in want:
+    np.testing.assert_allclose(params[path], want[path], rtol=1e-4, atol=3e-5, err_msg=path)

@@ -1,0 +1,84 @@
+"""A corpus and a config so small that a run takes seconds, and what the tests read of a run."""
+
+import json
+import random
+
+import jax
+import numpy as np
+
+from models.config import DecoderConfig, LayerSpec
+from train import checkpoint, state as states, workdir as workdirs
+from train.config import (
+  CheckpointConfig,
+  Config,
+  DataConfig,
+  EvalConfig,
+  LogConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
+
+WORDS = 'alpha beta gamma delta epsilon zeta eta theta iota kappa λ μ'.split()
+
+
+def write_corpus(folder, packages=12, files=2, words=60):
+  """Folders p0, p1, ... of text files f0.txt, ...; returns the path."""
+  rng = random.Random(0)
+  for p in range(packages):
+    (folder / f'p{p}').mkdir(parents=True)
+    for f in range(files):
+      text = ' '.join(rng.choice(WORDS) for _ in range(words + rng.randrange(9)))
+      (folder / f'p{p}' / f'f{f}.txt').write_text(text, encoding='utf-8')
+  return str(folder)
+
+
+def config(source, **changes):
+  """A Config of a one-block model on one device; changes are sections or single fields: train={'steps': 3}, seed=1."""
+  made = Config(
+    model=DecoderConfig(vocab=260, width=16, depth=1, heads=2, layers=[LayerSpec(window=8)]),
+    data=DataConfig(source=source, held_out_percent=20, seq_len=16, batch=8),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
+    train=TrainConfig(steps=12, peak_flops=1e12),
+    mesh=MeshConfig(data=1),
+    eval=EvalConfig(bytes=64, batch=4),
+    checkpoint=CheckpointConfig(seconds=0.0),
+    log=LogConfig(every=5, tensorboard=False, plain_seconds=0.0),
+  )
+  for name, values in changes.items():
+    if isinstance(values, dict):
+      for field, value in values.items():
+        assert hasattr(getattr(made, name), field), field
+        setattr(getattr(made, name), field, value)
+    else:
+      setattr(made, name, values)
+  return made
+
+
+def lines(workdir, kind):
+  """The records of one kind in metrics.jsonl."""
+  with open(workdir / workdirs.METRICS, encoding='utf-8') as file:
+    return [record for record in map(json.loads, file) if record['kind'] == kind]
+
+
+def computed(workdir):
+  """The train lines of a run without what a clock says."""
+  return [
+    {name: record[name] for name in ('step', 'steps', 'loss', 'bits_per_byte', 'tokens', 'grad_norm', 'learning_rate')}
+    for record in lines(workdir, 'train')
+  ]
+
+
+def saved(workdir, config):
+  """(step, list of all arrays) of the newest checkpoint: parameters, optimizer state, step."""
+  from train import data, optimizer, sharding
+  from train.corpus import TRAIN, load
+
+  mesh = sharding.make_mesh(config.mesh)
+  by_rows = jax.sharding.NamedSharding(mesh, sharding.ROWS)
+  batches = data.batches(data.Rows(load(config.data).side(TRAIN), config.data.seq_len), config.data.batch, by_rows, 0)
+  tx = optimizer.make(config.optimizer, config.train.steps)
+  abstract = jax.eval_shape(states.initializer(config.model, tx, config.seed))
+  with checkpoint.manager(workdir, config.checkpoint) as manager:
+    step, state = checkpoint.restore(manager, abstract, states.shardings(abstract, mesh), batches)
+  return step, [np.asarray(x) for x in jax.tree.leaves(state)]

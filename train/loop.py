@@ -1,0 +1,223 @@
+"""The training loop, one function read from top to bottom."""
+
+import collections
+import contextlib
+import math
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from models import size
+from train import checkpoint, config as configs, corpus as corpora, data, interrupt, metrics, optimizer, peak
+from train import sharding, state as states, step as steps, summary, workdir as workdirs
+
+LATE = 2  # steps that the host starts before it reads the figures of the one before them
+PROFILE_FROM = 10  # steps after the start, when everything has been compiled
+
+
+class NotFinite(ArithmeticError):
+  """A loss, gradient or parameter is infinite or NaN. The message names the step and what its batch was cut from."""
+
+
+def run(config, workdir):
+  """Trains a model as a config says, or goes on with the run that a folder holds.
+
+  Args:
+    config: train.config.Config; it is checked and copied.
+    workdir: folder of the run: new, empty, or with a run of the same config.
+
+  Returns:
+    The contents of result.json.
+
+  Raises:
+    UserError: a setting, file or folder that does not fit; nothing was overwritten.
+    NotFinite: the run cannot go on; no checkpoint holds what is not finite.
+    Interrupted: SIGINT or SIGTERM, after saving.
+  """
+  with contextlib.ExitStack() as at_end:
+    # 1. Folder, text, shapes and placements.
+    config, workdir = configs.load(config), workdirs.expand(workdir)
+    is_writer = jax.process_index() == 0
+    stored = workdirs.check(workdir, config)
+    if result := workdirs.finished(workdir, stored, config):
+      print(f'This run is finished; nothing was computed again.\n{summary.footer(result)}' if is_writer else '')
+      return result
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config, mesh)
+    schedule = optimizer.schedule(config.optimizer, config.train.steps)
+    tx = optimizer.make(config.optimizer, config.train.steps)
+    init = states.initializer(config.model, tx, config.seed)
+    abstract = jax.eval_shape(init)
+    placed = states.shardings(abstract, mesh)
+    by_rows, whole = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P())
+    if is_writer:
+      at_end.enter_context(workdirs.lock(workdir))
+    corpus = corpora.load(config.data)
+    workdirs.check_corpus(workdir, stored, corpus)
+    if is_writer:
+      workdirs.write_run(workdir, config, corpus, size.parameters(config.model))
+
+    # 2. The jitted step, state in and out, donated; evaluation.
+    graph, chunk = states.graph(config.model), config.train.loss_chunk
+    train_step = jax.jit(
+      steps.trainer(graph, tx, schedule, accumulate=config.train.accumulate, loss_chunk=chunk),
+      donate_argnums=0,
+      in_shardings=(placed, by_rows),
+      out_shardings=(placed, whole),
+    )
+    eval_step = jax.jit(
+      steps.evaluator(graph, loss_chunk=chunk), in_shardings=(placed.params, by_rows), out_shardings=whole
+    )
+    is_finite = jax.jit(steps.is_finite, in_shardings=(placed.params,), out_shardings=whole)
+
+    # 3. Data: numpy rows, which `to_global` makes global arrays of.
+    T, B, eval_B = config.data.seq_len, config.data.batch, config.eval.batch or config.data.batch
+    rows = data.Rows(corpus.side(corpora.TRAIN), T)
+    held_rows = data.Rows(corpus.side(corpora.HELD_OUT), T, stride=config.eval.stride, is_separator_target=False)
+    batches = data.batches(rows, B, by_rows, config.seed)
+    count = min(len(held_rows), -(-config.eval.bytes // held_rows.stride) or len(held_rows))
+    some_rows, all_rows = np.arange(count) * len(held_rows) // count, np.arange(len(held_rows))
+
+    # 4. State and place in the data, from the newest checkpoint or from the start; what was written up to there.
+    manager = at_end.enter_context(checkpoint.manager(workdir, config.checkpoint))
+    start, state = checkpoint.restore(manager, abstract, placed, batches)
+    if state is None:
+      state = jax.jit(init, out_shardings=placed)()
+    writer = metrics.Writer(workdir, start, has_tensorboard=config.log.tensorboard, is_on=is_writer)
+    progress = metrics.Progress(start, config.train.steps, plain_seconds=config.log.plain_seconds, is_on=is_writer)
+    at_end.callback(writer.close)
+    at_end.callback(progress.close)
+    progress.say(summary.header(config, workdir, corpus, rows, mesh, start))
+    flops_per_token = 3 * size.flops_per_token(config.model, T)
+    peak_flops, peak_source = peak.flops(mesh, config.train.peak_flops)
+    pending: collections.deque = collections.deque()  # (step, row numbers, sums on the devices), not read yet
+    saved_step, saved_at, compile_seconds = start, time.monotonic(), 0.0
+
+    def settle(late):
+      """Reads the figures of all but the last `late` steps: adds them up, logs, stops if they are not finite."""
+      while len(pending) > late:
+        at, chosen, sums = pending.popleft()
+        sums = jax.device_get(sums)
+        if not (math.isfinite(sums['nll']) and math.isfinite(sums['grad_norm'])):
+          figures = {'loss': str(sums['nll'] / sums['tokens']), 'grad_norm': str(sums['grad_norm'])}
+          writer.write('not_finite', at, {**figures, 'rows': rows.where(chosen)})
+          raise NotFinite(summary.not_finite(at, saved_step, sums, rows.where(chosen)))
+        window.add(sums, is_timed=at > start + 1)
+        progress.done(at)
+        if at % config.log.every == 0 or at == config.train.steps:
+          log(at)
+
+    def log(at):
+      """Writes a train line of the steps since the last."""
+      if window.steps:
+        values = window.values(writer.seconds, flops_per_token, peak_flops)
+        writer.write('train', at, values)
+        progress.show(values)
+
+    def save(at):
+      """Saves in the background, after a train line, so that the lines up to a checkpoint are the steps up to it."""
+      log(at)
+      if not is_finite(state.params):
+        raise NotFinite(f'step {at}: a parameter is not finite; the last checkpoint is of step {saved_step}')
+      checkpoint.save(manager, at, state, batches)
+
+    def evaluate(at, chosen, *, may_stop=False):
+      """Evaluates on some held-out rows and writes an eval line; None if a signal came and it may stop."""
+      began = time.monotonic()
+      totals: collections.Counter = collections.Counter()
+      waiting: collections.deque = collections.deque()
+      for _, local, arrays in data.in_order(held_rows, chosen, eval_B, by_rows):
+        waiting.append(eval_step(state.params, data.to_global(local, arrays, eval_B, by_rows)))
+        if len(waiting) > LATE:
+          totals.update(jax.device_get(waiting.popleft()))
+        if may_stop and agreed(watch.number)[0]:
+          return None
+      for sums in waiting:
+        totals.update(jax.device_get(sums))
+      if not math.isfinite(totals['nll']):
+        raise NotFinite(f'step {at}: the loss on held-out text is not finite; the last checkpoint is of step {saved_step}')
+      values = {'bits_per_byte': metrics.bits_per_byte(totals), 'bytes': int(totals['bytes'])}
+      values |= {'is_all': len(chosen) == len(held_rows), 'seconds': time.monotonic() - began}
+      writer.write('eval', at, values)
+      progress.say(f'step {at:,}: {values["bits_per_byte"]:.3f} bits per byte on {values["bytes"]:,} held-out bytes')
+      return values
+
+    # 5. The loop. The host waits only for figures that are LATE steps old, to evaluate and to save.
+    watch = at_end.enter_context(interrupt.Watch())
+    at_end.enter_context(jax.set_mesh(mesh))
+    window = metrics.Window()
+    for step in range(start + 1, config.train.steps + 1):
+      began, is_last, profiled = time.monotonic(), step == config.train.steps, step - start - PROFILE_FROM
+      if config.train.profile_steps and profiled == 0:
+        settle(0)
+        jax.profiler.start_trace(str(workdir / 'profile'))
+      chosen, local, arrays = next(batches)
+      state, sums = train_step(state, data.to_global(local, arrays, B, by_rows))
+      pending.append((step, chosen, sums))
+      if step == start + 1:
+        jax.block_until_ready(sums)
+        compile_seconds = time.monotonic() - began
+        window.pause(compile_seconds)
+      settle(LATE)
+      if 0 <= profiled < config.train.profile_steps and (profiled + 1 == config.train.profile_steps or is_last):
+        settle(0)
+        jax.profiler.stop_trace()
+        progress.say(f'profile of {profiled + 1} steps: tensorboard --logdir={workdir / "profile"}')
+
+      number = is_late = 0
+      if jax.process_count() == 1 or step % config.log.every == 0:
+        seconds = config.checkpoint.seconds
+        number, is_late = agreed(watch.number, bool(seconds) and time.monotonic() - saved_at > seconds)
+      is_eval = is_due(step, config.eval.every) and not is_last
+      is_save = is_due(step, config.checkpoint.every) or is_late or is_last or number
+      if is_eval or is_save:
+        settle(0)
+        began = time.monotonic()
+        if is_eval:
+          evaluate(step, some_rows)
+        if is_save:
+          save(step)
+          saved_step, saved_at = step, time.monotonic()
+        window.pause(time.monotonic() - began)
+      if number:
+        manager.wait_until_finished()
+        raise interrupt.Interrupted(number, step)
+
+    # 6. All held-out text, and what the run came to.
+    manager.wait_until_finished()
+    evaluation = evaluate(config.train.steps, all_rows, may_stop=True)
+    if evaluation is None:
+      raise interrupt.Interrupted(watch.number, config.train.steps)
+    speed = writer.tokens / writer.seconds if writer.seconds else 0.0
+    result = summary.result(
+      config,
+      corpus,
+      mesh,
+      evaluation,
+      seconds=writer.seconds,
+      compile_seconds=compile_seconds,
+      tokens_per_second=speed,
+      flops_per_token=flops_per_token,
+      peak_flops=peak_flops,
+      peak_source=peak_source,
+      mfu=speed * flops_per_token / peak_flops if peak_flops else 0.0,
+    )
+    if is_writer:
+      workdirs.write_json(workdir / workdirs.RESULT, result)
+    progress.say(summary.footer(result))
+    return result
+
+
+def is_due(step, every):
+  """Whether something happens at a step that happens every so many; 0 means never."""
+  return bool(every) and step % every == 0
+
+
+def agreed(*flags):
+  """Each flag as the largest of all processes, so that all do the same."""
+  if jax.process_count() == 1:
+    return flags
+  return multihost_utils.process_allgather(np.array(flags, np.int32)).max(axis=0).tolist()

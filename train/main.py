@@ -1,0 +1,191 @@
+"""Trains a language model on text.
+
+  python -m train.main --config=experiments/quickstart.py --workdir=DIR [--config.FIELD=VALUE ...]
+
+  --config   a Python file whose get_config() returns a train.config.Config
+  --workdir  the folder of the run. The same command again goes on where the run stopped
+  --config.train.steps=500, --config.model.layers[0].window=64, ...   change single fields; 0 and '' mean off
+
+Ctrl-C and SIGTERM finish the step, save and end; a second one stops at once. With more than one process, start each
+with --distributed (and on plain machines --coordinator, --processes, --process); they share the workdir.
+
+Exit status: 0 done; 1 the loss is not finite; 2 a setting, file or folder does not fit; 128 + signal if stopped.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import warnings
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from train.config import Config, UserError
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Python file whose get_config() returns a Config.')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other processes of this run (jax.distributed).')
+_COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of process 0; "" lets jax find it on a cluster.')
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'Number of processes; 0 lets jax find it.')
+_PROCESS = flags.DEFINE_integer('process', -1, 'Number of this process, from 0; -1 lets jax find it.')
+
+
+def main(argv):
+  """Runs; every expected failure is one line on stderr and an exit status."""
+  from train import interrupt, loop
+
+  try:
+    if len(argv) > 1:
+      raise UserError(f'{argv[1]!r}: expected only flags')
+    if not _WORKDIR.value:
+      raise UserError("--workdir='': expected the path of a folder for the run")
+    _quiet()
+    _join()
+    loop.run(_CONFIG.value, _WORKDIR.value)
+  except UserError as error:
+    return _fail(error, 2)
+  except loop.NotFinite as error:
+    return _fail(error, 1)
+  except interrupt.Interrupted as stop:
+    return _fail(f'{stop} and saved; the same command continues', 128 + stop.signal)
+  except KeyboardInterrupt:
+    return _fail('stopped before the first step; the same command starts again', 130)
+  return 0
+
+
+def parse(argv):
+  """Flags of a command line. A bad one ends the program with a line that names it, status 2."""
+  if any(arg in ('--help', '-h', '-help', '--helpshort', '--helpfull') for arg in argv[1:]):
+    print(usage())
+    sys.exit(0)
+  kinds: dict[str, str] = {}
+  try:
+    kinds = check(argv[1:])
+    with warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)  # in ml_collections
+      return flags.FLAGS(argv)
+  except UserError as error:
+    sys.exit(_fail(error, 2))
+  except flags.IllegalFlagValueError as error:
+    named = next((name for name in kinds if f'--{name}=' in str(error)), '')
+    sys.exit(_fail(f'{error}' + (f'; expected {kinds[named]}' if named else ''), 2))
+  except flags.Error as error:
+    sys.exit(_fail(f'{error}{_meant(argv)}', 2))
+
+
+def check(args):
+  """Checks the config file and the fields that are set, before absl does, for the sake of the messages.
+
+  Args:
+    args: command line without the program.
+
+  Returns:
+    {'config.model.width': 'int', ...}, the fields that are set and their types.
+
+  Raises:
+    UserError: no such file or field; the message names it and fields of similar names.
+  """
+  paths = [arg.split('=', 1)[1] for arg in args if re.match('--?config=', arg)]
+  paths += [args[i + 1] for i, arg in enumerate(args[:-1]) if re.fullmatch('--?config', arg)]
+  if not paths:
+    raise UserError('--config: expected a Python file whose get_config() returns a Config, such as experiments/quickstart.py')
+  path, *argument = paths[-1].split(':', 1)
+  if not os.path.isfile(path):
+    raise UserError(f'--config={path}: expected a Python file, found nothing at this path')
+  spec = importlib.util.spec_from_file_location('experiment', path)
+  if spec is None or spec.loader is None:
+    raise UserError(f'--config={path}: expected a Python file (.py)')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'--config={path}: expected a function get_config in it')
+  config = module.get_config(*argument)
+  set_fields = [match[1] for arg in args if (match := re.match(r'--?(?:no)?config\.([^=]+)', arg))]
+  return {f'config.{path}': type(field(config, path)).__name__ for path in set_fields}
+
+
+def field(config, path):
+  """The value of the field `path`, such as 'model.layers[0].window'; UserError if a config has no such field."""
+  record, done = config, 'config'
+  for name in re.sub(r'\[', '.[', path).split('.'):
+    if isinstance(record, list):
+      if not re.fullmatch(r'\[-?\d+\]', name) or not -len(record) <= int(name[1:-1]) < len(record):
+        raise UserError(f'--config.{path}: expected an index of {done}, from [0] to [{len(record) - 1}], got {name!r}')
+      record = record[int(name[1:-1])]
+    elif dataclasses.is_dataclass(record) and hasattr(record, name):
+      record = getattr(record, name)
+    else:
+      names = [field.name for field in dataclasses.fields(record)] if dataclasses.is_dataclass(record) else []
+      near = difflib.get_close_matches(name, names, n=2) or _elsewhere(name, config)
+      hint = f'; did you mean {" or ".join(near)}?' if near else f'; it has {", ".join(names)}' if names else ''
+      raise UserError(f'--config.{path}: {done} has no field {name!r}{hint}')
+    done += name if name.startswith('[') else f'.{name}'
+  if dataclasses.is_dataclass(record) or isinstance(record, list):
+    raise UserError(f'--config.{path}: expected a single value to set, this is a {type(record).__name__}; set its fields')
+  return record
+
+
+def _elsewhere(name, config):
+  """Full names of fields called `name` in the sections of a config."""
+  sections = [field.name for field in dataclasses.fields(config)]
+  return [f'{section}.{name}' for section in sections if hasattr(getattr(config, section), name)]
+
+
+def _meant(argv):
+  """A hint for flags that lack their section, such as --steps for --config.train.steps."""
+  for arg in argv[1:]:
+    name = re.sub('^--?', '', arg).split('=')[0].split('.')[-1]
+    if '.' not in arg.split('=')[0] and name not in flags.FLAGS and _elsewhere(name, Config()):
+      return f' (config fields are written --config.{_elsewhere(name, Config())[0]}=...)'
+  return ''
+
+
+def usage():
+  """The text of --help: this module's, then every field of a config with its default."""
+  lines = [inspect.cleandoc(__doc__ or ''), '', 'Fields and defaults (a config file may set others):']
+
+  def describe(record, prefix):
+    text = inspect.cleandoc(type(record).__doc__ or '').split('Attributes:')[-1]
+    told = {match[1]: ' '.join(match[2].split()) for match in re.finditer(r'^ {2}(\w+): ((?:.|\n {4})*)', text, re.M)}
+    for name, value in vars(record).items():
+      if dataclasses.is_dataclass(value):
+        lines.append('')
+        describe(value, f'{prefix}.{name}')
+      elif isinstance(value, list):
+        describe(value[0], f'{prefix}.{name}[0]')
+      else:
+        lines.append(f'  --{prefix}.{name}={value!r}\n        {told.get(name, "")}')
+
+  describe(Config(), 'config')
+  return '\n'.join(lines)
+
+
+def _quiet():
+  """Libraries say only what went wrong."""
+  logging.set_verbosity(logging.ERROR)
+
+
+def _join():
+  """Joins the other processes of a run."""
+  if _DISTRIBUTED.value:
+    import jax
+
+    known = {
+      'coordinator_address': _COORDINATOR.value or None,
+      'num_processes': _PROCESSES.value or None,
+      'process_id': _PROCESS.value if _PROCESS.value >= 0 else None,
+    }
+    jax.distributed.initialize(**known)
+
+
+def _fail(message, status):
+  print(f'train: {message}', file=sys.stderr, flush=True)
+  return status
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse)

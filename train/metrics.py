@@ -1,0 +1,193 @@
+"""What a run says: lines of metrics.jsonl, TensorBoard, and a progress bar or plain lines.
+
+A line of metrics.jsonl is a JSON object with `kind` and `step` (steps done):
+
+    train       the `steps` steps up to `step`: loss (nats per token), bits_per_byte, tokens, grad_norm (mean),
+                learning_rate (of the last step), seconds (of training since the run began, compiling, evaluating and
+                saving left out), tokens_per_second, mfu (0 if unknown)
+    eval        bits_per_byte on `bytes` held-out bytes, is_all (whether these are all), seconds it took
+    not_finite  the step that stopped the run: loss, grad_norm, rows (what the batch was cut from)
+
+The train lines of a run cover each step once, also after a stop or a crash: what is beyond the restored checkpoint is
+cut off.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+
+import tensorboardX
+from tqdm import tqdm
+
+from train import workdir as workdirs
+
+
+class Writer:
+  """metrics.jsonl and, if asked for, TensorBoard of a run that goes on from `step`. Writes nothing if not `is_on`.
+
+  Attributes:
+    seconds: of training in all lines.
+    tokens: trained on in these seconds.
+  """
+
+  def __init__(self, workdir, step, *, has_tensorboard, is_on=True):
+    self.seconds, self.tokens = 0.0, 0.0
+    self._file = self._board = None
+    if not is_on:
+      return
+    lines = [line for line in _lines_up_to(workdir / workdirs.METRICS, step)]
+    for line in lines:
+      self._count(json.loads(line))
+    temporary = workdir / f'.{workdirs.METRICS}.tmp'
+    temporary.write_text(''.join(lines), encoding='utf-8')
+    os.replace(temporary, workdir / workdirs.METRICS)
+    self._file = open(workdir / workdirs.METRICS, 'a', encoding='utf-8')  # noqa: SIM115 - closed by close()
+    if has_tensorboard:
+      self._board = tensorboardX.SummaryWriter(str(workdir / 'tb'), purge_step=step + 1 if step else None)
+
+  def write(self, kind, step, values):
+    """Appends a line, at once on disk."""
+    record = {'kind': kind, 'step': step, **values}
+    self._count(record)
+    if self._file:
+      self._file.write(json.dumps(record) + '\n')
+      self._file.flush()
+    for name, value in values.items():
+      if self._board and isinstance(value, int | float) and not isinstance(value, bool):
+        self._board.add_scalar(f'{kind}/{name}', value, step)
+
+  def close(self):
+    """Closes both; a checkpoint that is taken up later continues them."""
+    if self._file:
+      self._file.close()
+    if self._board:
+      self._board.close()
+
+  def _count(self, record):
+    if record['kind'] == 'train':
+      self.tokens += record['tokens_per_second'] * (record['seconds'] - self.seconds)
+      self.seconds = record['seconds']
+
+
+def _lines_up_to(path, step):
+  """The whole lines of records up to a step."""
+  if not path.exists():
+    return
+  with open(path, encoding='utf-8') as file:
+    for line in file:
+      try:
+        record = json.loads(line)
+      except ValueError:
+        return  # torn by a crash: it was the last
+      if line.endswith('\n') and record['step'] <= step and record['kind'] != 'not_finite':
+        yield line
+
+
+class Window:
+  """Sums of the steps since the last train line, and the time they took."""
+
+  def __init__(self):
+    self.start()
+
+  def start(self):
+    """Forgets the sums; the clock runs from here."""
+    self.steps, self.timed_tokens, self.sums = 0, 0.0, {}
+    self._mark = time.monotonic()
+
+  def add(self, sums, *, is_timed=True):
+    """Adds the sums of a step; one that is not timed, since it was compiled first, does not count for the speed."""
+    self.steps += 1
+    self.rate = float(sums['learning_rate'])
+    self.timed_tokens += float(sums['tokens']) if is_timed else 0.0
+    for name, value in sums.items():
+      self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+  def pause(self, seconds):
+    """Leaves out time that was not training."""
+    self._mark += seconds
+
+  def values(self, seconds_before, flops_per_token, peak):
+    """The values of a train line; starts the next window.
+
+    Args:
+      seconds_before: of training before this window.
+      flops_per_token: of a training step.
+      peak: FLOP/s of all devices, 0 if unknown.
+    """
+    took = max(time.monotonic() - self._mark, 0.0)
+    speed = self.timed_tokens / took if took and self.timed_tokens else 0.0
+    values = {
+      'steps': self.steps,
+      'loss': float(self.sums['nll']) / max(self.sums['tokens'], 1.0),
+      'bits_per_byte': bits_per_byte(self.sums),
+      'tokens': int(self.sums['tokens']),
+      'grad_norm': self.sums['grad_norm'] / self.steps,
+      'learning_rate': self.rate,
+      'seconds': seconds_before + took,
+      'tokens_per_second': speed,
+      'mfu': speed * flops_per_token / peak if peak else 0.0,
+    }
+    self.start()
+    return values
+
+
+def bits_per_byte(sums):
+  """Sums in nats of train.loss.cross_entropy -> bits per byte."""
+  return float(sums['byte_nll']) / max(float(sums['bytes']), 1.0) / math.log(2)
+
+
+class Progress:
+  """A progress bar on a terminal; on anything else a plain line at most every `plain_seconds`. Silent if not `is_on`."""
+
+  def __init__(self, step, steps, *, plain_seconds, is_on=True):
+    self.step, self.steps, self.is_on = step, steps, is_on
+    self._plain_seconds, self._last, self._began, self._first = plain_seconds, 0.0, time.monotonic(), step
+    terminal = sys.stderr.isatty() and os.environ.get('TERM', 'dumb') != 'dumb' and not os.environ.get('CI')
+    self._bar = None
+    if terminal and is_on:
+      self._bar = tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True, desc='compiling')
+
+  def done(self, step):
+    """Moves to `step`."""
+    if self._bar:
+      self._bar.update(step - self.step)
+    self.step = step
+
+  def show(self, values):
+    """Shows the values of a train line."""
+    text = f'{values["bits_per_byte"]:.3f} bits per byte, {values["tokens_per_second"]:,.0f} tokens/s'
+    text += f', {values["mfu"]:.0%} of peak' if values['mfu'] else ''
+    if self._bar:
+      self._bar.set_description('training', refresh=False)
+      self._bar.set_postfix_str(text)
+    elif time.monotonic() - self._last >= self._plain_seconds or self.step == self.steps:
+      self._last = time.monotonic()
+      left = (self._last - self._began) / max(self.step - self._first, 1) * (self.steps - self.step)
+      self.say(f'step {self.step:,} of {self.steps:,}: {text}, {clock(left)} left')
+
+  def say(self, line=''):
+    """Prints a line, above the bar if there is one."""
+    if self._bar:
+      self._bar.write(line, file=sys.stdout)
+    elif self.is_on:
+      print(line, flush=True)
+
+  def close(self):
+    """Ends the bar."""
+    if self._bar:
+      self._bar.close()
+      self._bar = None
+
+
+def clock(seconds):
+  """1:02:03, 2:03 or 0:03."""
+  hours, rest = divmod(int(seconds), 3600)
+  return f'{hours}:{rest // 60:02d}:{rest % 60:02d}' if hours else f'{rest // 60}:{rest % 60:02d}'
+
+
+def table(rows):
+  """Lines of a table of (name, value) pairs."""
+  width = max(len(name) for name, _ in rows)
+  return '\n'.join(f'  {name:<{width}}  {value}' for name, value in rows)

@@ -1,0 +1,92 @@
+"""What a person reads before and after a run, and result.json."""
+
+import datetime
+import importlib.metadata
+import platform
+
+import jax
+
+from models import size
+from train import corpus as corpora, metrics
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def header(config, workdir, corpus, rows, mesh, step):
+  """A few lines: text, model, devices, length, where results go."""
+  model, train = config.model, config.train
+  tokens = train.steps * config.data.batch * config.data.seq_len
+  sides = []
+  for split, what in ((corpora.TRAIN, 'to train on'), (corpora.HELD_OUT, 'held out')):
+    files = corpus.side(split)
+    packages = len({file.package for file in files})
+    sides.append(f'{corpus.size(split):,} bytes in {len(files):,} files of {packages:,} packages {what}')
+  left_out = f'{len(corpus.skipped)} bad files and {len(corpus.duplicates)} duplicates left out'
+  shape = ', '.join(f'{axis} {count}' for axis, count in mesh.shape.items() if count > 1)
+  device = mesh.devices.flat[0]
+  lines = [
+    ('text', f'{config.data.source}: {sides[0]}'),
+    ('', f'{sides[1]}; {left_out}'),
+    ('hash', corpus.hash),
+    ('model', f'{size.parameters(model):,} parameters, {model.depth} layers, width {model.width}, {layers(model)}'),
+    ('devices', f'{mesh.size} of {jax.device_count()} {device.device_kind}' + (f': {shape}' if shape else '')),
+    (
+      'run',
+      f'{train.steps:,} steps of {config.data.batch} rows of {config.data.seq_len} tokens: '
+      f'{tokens / (len(rows) * config.data.seq_len):.2f} passes over the text'
+      + (f'; going on after step {step:,}' if step else ''),
+    ),
+    ('workdir', str(workdir)),
+  ]
+  return metrics.table(lines)
+
+
+def layers(model):
+  """'window 64, full' for a pattern of layers."""
+  names = []
+  for spec in model.layers:
+    parts = [f'{name} {getattr(spec, name)}' for name in ('window', 'chunk') if getattr(spec, name)]
+    name = ' '.join([spec.mixer] * (spec.mixer != 'attention') + (parts or ['full']))
+    names.append(name)
+  return 'layers: ' + ', '.join(names)
+
+
+def result(config, corpus, mesh, evaluation, **figures):
+  """The contents of result.json. Figures are those that the loop has measured."""
+  return {
+    'held_out_bits_per_byte': evaluation['bits_per_byte'],
+    'held_out_bytes': evaluation['bytes'],
+    'held_out_files': len(corpus.side(corpora.HELD_OUT)),
+    'steps': config.train.steps,
+    'tokens': config.train.steps * config.data.batch * config.data.seq_len,
+    **figures,
+    'eval_seconds': evaluation['seconds'],
+    'parameters': size.parameters(config.model),
+    'corpus_hash': corpus.hash,
+    'device': mesh.devices.flat[0].device_kind,
+    'platform': mesh.devices.flat[0].platform,
+    'devices': mesh.size,
+    'mesh': dict(mesh.shape),
+    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'versions': {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
+  }
+
+
+def footer(values):
+  """The table at the end of a run, from the contents of result.json."""
+  use = f' ({values["mfu"]:.0%} of the peak of {values["peak_flops"]:.3g} FLOP/s, {values["peak_source"]})'
+  return metrics.table([
+    ('held out', f'{values["held_out_bits_per_byte"]:.4f} bits per byte, all {values["held_out_bytes"]:,} bytes'),
+    ('trained', f'{values["steps"]:,} steps, {values["tokens"]:,} tokens, {metrics.clock(values["seconds"])}'),
+    ('speed', f'{values["tokens_per_second"]:,.0f} tokens/s' + (use if values['mfu'] else '')),
+  ])
+
+
+def not_finite(step, saved_step, sums, places):
+  """The message for a step whose loss or gradient is not finite."""
+  return (
+    f'step {step}: loss {sums["nll"] / max(sums["tokens"], 1.0):g}, gradient norm {sums["grad_norm"]:g}; the batch was '
+    f'{", ".join(places[:3])}' + (f' and {len(places) - 3} more rows (metrics.jsonl)' if len(places) > 3 else '')
+    + (f'. The last checkpoint is of step {saved_step}' if saved_step else '. No checkpoint was written')
+    + '; try a lower optimizer.learning_rate or optimizer.clip_norm'
+  )
