@@ -293,7 +293,8 @@ def _bias_grads(x, grads, d_logits, i, j):
     assert d.shape[1] == x.q.shape[1] * G
     d = d.sum(axis=[axis for axis in range(4) if x.bias.shape[axis] == 1 and d.shape[axis] > 1], keepdims=True)
     old = grads['bias']
-    at = (0, 0, i * x.plan.bq if old.shape[2] > 1 else 0, j * x.plan.bk if old.shape[3] > 1 else 0)
+    zero = jnp.zeros_like(i)  # of the type of i and j, whatever jax_enable_x64 says
+    at = (zero, zero, i * x.plan.bq if old.shape[2] > 1 else zero, j * x.plan.bk if old.shape[3] > 1 else zero)
     new['bias'] = jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice(old, at, d.shape) + d, at)
   if x.logit_bias is not None:
     new['logit_bias'] = _add(grads['logit_bias'], d_logits.sum(2), j, x.plan.bk, 2)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 # Replaced by `currentColor`, so that one picture serves light and dark pages.
 INK = '#0a0b0c'
@@ -67,6 +68,9 @@ def longer_run(runs, lines):
     axes.plot(x, y, color=color, linewidth=1.8, marker='o', markersize=4, label=label)
     values += list(y)
   axes.set_xscale('log')
+  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
+  axes.xaxis.set_minor_formatter(NullFormatter())
   axes.set_ylim(*_vertical_range(values, lines.values()))
   _level_lines(axes, lines)
   axes.set_xlabel('bytes trained on')

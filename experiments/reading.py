@@ -10,7 +10,7 @@ from train.config import SEPARATOR
 
 FAR = 4  # bytes back from which on a head is said to look far
 PYTHON_PROMPTS = ('import ', 'def __init__(self, ', 'class ', '    """Return the ')
-TEMPERATURES = (0.0, 0.8)
+TEMPERATURES = (0.5, 0.9)
 NEW_BYTES = 200
 
 

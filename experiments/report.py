@@ -102,7 +102,7 @@ def verdict(bits, packed):
   better = [name for name, value in packed.items() if value < bits]
   worse = [name for name, value in packed.items() if value >= bits]
   if not worse:
-    return f'The compressors win: each of them ({", ".join(better)}) needs fewer bits than this model.'
+    return f'The compressors win: each of them ({", ".join(better)}) needs fewer bits than the model.'
   if not better:
     return f'The model wins: it needs fewer bits than {", ".join(worse)}.'
   return f'The model needs fewer bits than {", ".join(worse)}, and more than {", ".join(better)}.'
@@ -138,7 +138,7 @@ def longer_section(run, longer, path):
   is_same = longer['corpus']['hash'] == run.corpus['hash']
   text = (
     f'{bits:.3f} bits per byte: {longer["parameters"] / 1e6:.1f} M parameters, {longer["steps"]:,} steps, '
-    f'{longer["tokens"] / 1e6:,.0f} M tokens, {minutes(longer["seconds"])} of training on {longer.get("device", "?")}, '
+    f'{longer["tokens"] / 1e6:,.1f} M tokens, {minutes(longer["seconds"])} of training on {longer.get("device", "?")}, '
     f'{longer.get("date", "?")}. {verdict(bits, longer["compressors"])} '
     + ('The text is the same. ' if is_same else
        f'Its text is of another version ({longer["corpus"]["hash"][:12]}), with compressors measured on that. ')
@@ -204,8 +204,7 @@ def samples_section(config, model, files):
   parts = [page.heading('Samples')]
   prompts = reading.prompts(config.data, files)
   for temperature in reading.TEMPERATURES:
-    text = 'the most likely byte each time' if not temperature else f'sampled at temperature {temperature}'
-    parts.append(page.paragraph(f'After the blue prompt, {text}:', is_soft=True))
+    parts.append(page.paragraph(f'After the blue prompt, sampled at temperature {temperature}:', is_soft=True))
     for prompt, continued in zip(prompts, reading.continuations(config, model, prompts, temperature), strict=True):
       parts.append(page.sample(prompt, continued))
   return parts

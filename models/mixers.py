@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn import masks, softmax
-from attn import positions as attn_positions
+from attn import masks, positions as attn_positions, softmax
 from attn.cache import storage
 from models import layers
 

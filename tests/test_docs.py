@@ -37,9 +37,15 @@ def commands():
   return list(dict.fromkeys(line for line in found if re.match(r'python -m |make\b', line)))
 
 
+def make(*words, cwd=ROOT, is_checked=True):
+  """What make did, as if it were not called by a make that calls these tests."""
+  env = {name: value for name, value in os.environ.items() if not name.startswith(('MAKE', 'MFLAGS'))}
+  return subprocess.run(['make', *words], cwd=cwd, env=env, capture_output=True, text=True, check=is_checked)
+
+
 def made_by(target):
   """The Python commands that `make` runs for a target, its environment being there."""
-  done = subprocess.run(['make', '-n', *target.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+  done = make('-n', *target.split()[1:])
   lines = [line for line in done.stdout.splitlines() if line.startswith('.venv/bin/python -m') and ' pip ' not in line]
   return [line.replace('.venv/bin/python', 'python', 1) for line in lines]
 
@@ -127,7 +133,7 @@ def test_python_blocks(path, folder, monkeypatch):
 
 
 def test_make_lists_every_target():
-  listed = subprocess.run(['make'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  listed = make().stdout
   text = (ROOT / 'Makefile').read_text(encoding='utf-8')
   targets = re.search(r'^\.PHONY: (.*)$', text, re.M)[1].split()
   assert re.findall(r'^  make (\S+)', listed, re.M) == targets
@@ -143,7 +149,7 @@ def test_make_clean_leaves_runs(tmp_path):
   shutil.copy(ROOT / 'Makefile', tmp_path)
   for name in ('.venv/bin', 'attn/__pycache__', 'runs/first', 'build'):
     (tmp_path / name).mkdir(parents=True)
-  subprocess.run(['make', 'clean'], cwd=tmp_path, capture_output=True, check=True)
+  make('clean', cwd=tmp_path)
   left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*'))
   assert left == ['Makefile', 'attn', 'runs', 'runs/first']
 
@@ -152,8 +158,7 @@ def test_an_old_python_is_refused(tmp_path):
   old = tmp_path / 'old_python'
   old.write_text('#!/bin/sh\nexit 1\n', encoding='utf-8')
   old.chmod(0o755)
-  command = ['make', 'lint', f'PYTHON={old}', f'VENV={tmp_path / "venv"}']
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  done = make('lint', f'PYTHON={old}', f'VENV={tmp_path / "venv"}', is_checked=False)
   assert done.returncode != 0
   assert 'older than Python 3.11' in done.stderr
   assert not (tmp_path / 'venv').exists()

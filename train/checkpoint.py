@@ -82,7 +82,8 @@ def load_model(workdir, step=None):
   with ocp.CheckpointManager(epath.Path(workdir) / workdirs.CHECKPOINTS, options=options) as found:
     steps = sorted(found.all_steps())
     if not steps or (step is not None and step not in steps):
-      raise UserError(f'workdir {workdir}: expected a checkpoint{"" if step is None else f" of step {step}"}, found {steps}')
+      wanted = 'a checkpoint' if step is None else f'a checkpoint of step {step}'
+      raise UserError(f'workdir {workdir}: expected {wanted}, found {steps}')
     step = steps[-1] if step is None else step
     mesh = sharding.make_mesh(configs.MeshConfig(data=1), jax.local_devices()[:1])
     params = states.abstract_params(config.model)

@@ -216,8 +216,8 @@ def check_types(record, name=''):
   for field in dataclasses.fields(record):
     value, kind, path = getattr(record, field.name), hints[field.name], f'{name}{field.name}'
     if dataclasses.is_dataclass(kind):
-      if not isinstance(value, kind):
-        raise UserError(f'{path}={value!r}: expected a {kind.__name__}')
+      if type(value) is not kind:
+        raise UserError(f'{path}={value!r}: expected a {hints[field.name].__name__}')
       check_types(value, f'{path}.')
     elif typing.get_origin(kind) is list:
       item_kind = typing.get_args(kind)[0]
@@ -275,7 +275,7 @@ def _check_fit(config):
     for field in ('window', 'chunk'):
       if getattr(spec, field) > data.seq_len:
         raise UserError(
-          f'model.layers[{i}].{field}={getattr(spec, field)}: expected at most data.seq_len={data.seq_len}, or 0 for all'
+          f'model.layers[{i}].{field}={getattr(spec, field)}: expected at most data.seq_len={data.seq_len}, or 0 (all)'
         )
   if config.train.loss_chunk and data.seq_len % config.train.loss_chunk:
     raise UserError(f'train.loss_chunk={config.train.loss_chunk}: expected a divisor of data.seq_len={data.seq_len}')
@@ -312,7 +312,7 @@ def from_dict(kind, values):
 def flat(values, prefix=''):
   """{'model.layers[0].window': 64, ...} of nested dictionaries and lists."""
   items = values.items() if isinstance(values, dict) else ((f'[{i}]', value) for i, value in enumerate(values))
-  out = {}
+  out: dict = {}
   for key, value in items:
     path = prefix + key if not prefix or key.startswith('[') else f'{prefix}.{key}'
     out.update(flat(value, path) if isinstance(value, dict | list) else {path: value})

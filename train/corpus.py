@@ -91,8 +91,10 @@ def load(config: DataConfig):
   files, duplicates = _without_duplicates(files)
   for split in (TRAIN, HELD_OUT):
     if not any(file.split == split for file in files):
-      raise UserError(f'data.source={config.source!r}: no file is left for {split!r} after {len(skipped)} bad files and '
-                      f'{len(duplicates)} duplicates were left out')
+      raise UserError(
+        f'data.source={config.source!r}: no file is left for {split!r} after {len(skipped)} bad files and '
+        f'{len(duplicates)} duplicates were left out'
+      )
   return Corpus(files, skipped, duplicates, _hash(files))
 
 
@@ -162,7 +164,7 @@ def _read(found, bad_files, skipped, prefix=''):
   for name, path in tqdm(found.items(), desc='reading text', unit=' files', delay=1.0, leave=False):
     text, problem = read_text(path)
     if problem and bad_files == 'error':
-      raise UserError(f'{path}: {problem}; remove it from data.source, or set data.bad_files=skip to leave such files out')
+      raise UserError(f'{path}: {problem}; remove it, or set data.bad_files=skip to leave such files out')
     if problem:
       skipped[prefix + name] = problem
     else:
@@ -212,8 +214,10 @@ def split_packages(files, percent, seed):
   for file in files:
     sizes[file.package] = sizes.get(file.package, 0) + len(file.text)
   if len(sizes) < 2:
-    raise UserError(f'data.source: expected at least 2 top-level folders or files, so that some can be held out, found '
-                    f'{len(sizes)}; name held-out files with data.held_out')
+    raise UserError(
+      f'data.source: expected at least 2 top-level folders or files, so that some can be held out, found {len(sizes)}; '
+      'or name held-out files with data.held_out'
+    )
   wanted = sum(sizes.values()) * percent / 100
   order = sorted(sizes, key=lambda package: hashlib.sha256(f'{seed}:{package}'.encode()).digest())
   held: set[str] = set()

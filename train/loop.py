@@ -11,8 +11,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from models import size
-from train import checkpoint, config as configs, corpus as corpora, data, interrupt, metrics, optimizer, peak
-from train import sharding, state as states, step as steps, summary, workdir as workdirs
+from train import (
+  checkpoint,
+  config as configs,
+  corpus as corpora,
+  data,
+  interrupt,
+  metrics,
+  optimizer,
+  peak,
+  sharding,
+  state as states,
+  step as steps,
+  summary,
+  workdir as workdirs,
+)
 
 LATE = 2  # steps that the host starts before it reads the figures of the one before them
 PROFILE_FROM = 10  # steps after the start, when everything has been compiled
@@ -138,7 +151,7 @@ def run(config, workdir):
       for sums in waiting:
         totals.update(jax.device_get(sums))
       if not math.isfinite(totals['nll']):
-        raise NotFinite(f'step {at}: the loss on held-out text is not finite; the last checkpoint is of step {saved_step}')
+        raise NotFinite(f'step {at}: loss on held-out text is not finite; the last checkpoint is of step {saved_step}')
       values = {'bits_per_byte': metrics.bits_per_byte(totals), 'bytes': int(totals['bytes'])}
       values |= {'is_all': len(chosen) == len(held_rows), 'seconds': time.monotonic() - began}
       writer.write('eval', at, values)

@@ -44,7 +44,7 @@ def of_model(model, batch, chunk=0):
     As `cross_entropy`.
   """
   hidden = model.hidden(batch['tokens'], segment_ids=batch['segment_ids'])
-  B, T, E = hidden.shape
+  B, T = hidden.shape[:2]
   if not chunk or chunk == T:
     return cross_entropy(model.logits(hidden), batch['targets'], batch['weights'])
   if T % chunk:

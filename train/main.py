@@ -92,7 +92,7 @@ def check(args):
   paths = [arg.split('=', 1)[1] for arg in args if re.match('--?config=', arg)]
   paths += [args[i + 1] for i, arg in enumerate(args[:-1]) if re.fullmatch('--?config', arg)]
   if not paths:
-    raise UserError('--config: expected a Python file whose get_config() returns a Config, such as experiments/quickstart.py')
+    raise UserError('--config: expected a Python file with get_config(), such as --config=experiments/quickstart.py')
   path, *argument = paths[-1].split(':', 1)
   if not os.path.isfile(path):
     raise UserError(f'--config={path}: expected a Python file, found nothing at this path')
@@ -125,7 +125,7 @@ def field(config, path):
       raise UserError(f'--config.{path}: {done} has no field {name!r}{hint}')
     done += name if name.startswith('[') else f'.{name}'
   if dataclasses.is_dataclass(record) or isinstance(record, list):
-    raise UserError(f'--config.{path}: expected a single value to set, this is a {type(record).__name__}; set its fields')
+    raise UserError(f'--config.{path}: expected a single value, this is a {type(record).__name__}; set its fields')
   return record
 
 
@@ -174,12 +174,11 @@ def _join():
   if _DISTRIBUTED.value:
     import jax
 
-    known = {
-      'coordinator_address': _COORDINATOR.value or None,
-      'num_processes': _PROCESSES.value or None,
-      'process_id': _PROCESS.value if _PROCESS.value >= 0 else None,
-    }
-    jax.distributed.initialize(**known)
+    jax.distributed.initialize(
+      coordinator_address=_COORDINATOR.value or None,
+      num_processes=_PROCESSES.value or None,
+      process_id=_PROCESS.value if _PROCESS.value >= 0 else None,
+    )
 
 
 def _fail(message, status):

@@ -18,7 +18,6 @@ import os
 import sys
 import time
 
-import tensorboardX
 from tqdm import tqdm
 
 from train import workdir as workdirs
@@ -37,7 +36,7 @@ class Writer:
     self._file = self._board = None
     if not is_on:
       return
-    lines = [line for line in _lines_up_to(workdir / workdirs.METRICS, step)]
+    lines = list(_lines_up_to(workdir / workdirs.METRICS, step))
     for line in lines:
       self._count(json.loads(line))
     temporary = workdir / f'.{workdirs.METRICS}.tmp'
@@ -45,6 +44,8 @@ class Writer:
     os.replace(temporary, workdir / workdirs.METRICS)
     self._file = open(workdir / workdirs.METRICS, 'a', encoding='utf-8')  # noqa: SIM115 - closed by close()
     if has_tensorboard:
+      import tensorboardX  # takes seconds where torch is installed, which it then imports
+
       self._board = tensorboardX.SummaryWriter(str(workdir / 'tb'), purge_step=step + 1 if step else None)
 
   def write(self, kind, step, values):
@@ -139,11 +140,13 @@ def bits_per_byte(sums):
 
 
 class Progress:
-  """A progress bar on a terminal; on anything else a plain line at most every `plain_seconds`. Silent if not `is_on`."""
+  """A progress bar on a terminal, elsewhere a plain line at most every `plain_seconds`. Silent unless `is_on`."""
 
   def __init__(self, step, steps, *, plain_seconds, is_on=True):
     self.step, self.steps, self.is_on = step, steps, is_on
-    self._plain_seconds, self._last, self._began, self._first = plain_seconds, 0.0, time.monotonic(), step
+    self._plain_seconds, self._last = plain_seconds, 0.0
+    # The clock for the time left begins after the first step, most of which is compiling.
+    self._first, self._began = step + 1, 0.0
     terminal = sys.stderr.isatty() and os.environ.get('TERM', 'dumb') != 'dumb' and not os.environ.get('CI')
     self._bar = None
     if terminal and is_on:
@@ -153,19 +156,22 @@ class Progress:
     """Moves to `step`."""
     if self._bar:
       self._bar.update(step - self.step)
+    self._began = self._began or time.monotonic()
     self.step = step
 
   def show(self, values):
     """Shows the values of a train line."""
-    text = f'{values["bits_per_byte"]:.3f} bits per byte, {values["tokens_per_second"]:,.0f} tokens/s'
+    text = f'{values["bits_per_byte"]:.3f} bits per byte'
+    text += f', {values["tokens_per_second"]:,.0f} tokens/s' if values['tokens_per_second'] else ''
     text += f', {values["mfu"]:.0%} of peak' if values['mfu'] else ''
     if self._bar:
       self._bar.set_description('training', refresh=False)
       self._bar.set_postfix_str(text)
     elif time.monotonic() - self._last >= self._plain_seconds or self.step == self.steps:
       self._last = time.monotonic()
-      left = (self._last - self._began) / max(self.step - self._first, 1) * (self.steps - self.step)
-      self.say(f'step {self.step:,} of {self.steps:,}: {text}, {clock(left)} left')
+      done, left = self.step - self._first, self.steps - self.step
+      text += f', {clock((self._last - self._began) / done * left)} left' if done > 0 and left else ''
+      self.say(f'step {self.step:,} of {self.steps:,}: {text}')
 
   def say(self, line=''):
     """Prints a line, above the bar if there is one."""

@@ -87,13 +87,12 @@ def params_sharding(params, mesh, rules=RULES):
 
 
 def _spec(path, shape, mesh, rules):
-  for pattern, spec in rules:
-    if re.fullmatch(pattern, path):
-      break
-  else:
+  found = next(((pattern, spec) for pattern, spec in rules if re.fullmatch(pattern, path)), None)
+  if found is None:
     raise UserError(f'parameter {path!r} {shape} matches no rule: expected a line for it in train/sharding.py RULES')
+  pattern, spec = found
   if len(spec) > len(shape):
-    raise UserError(f'parameter {path!r} {shape}: rule {pattern!r} places {len(spec)} axes, expected at most {len(shape)}')
+    raise UserError(f'parameter {path!r} {shape}: rule {pattern!r} places {len(spec)} axes, more than there are')
   spec = P(*[None] * (len(shape) - len(spec)), *spec)
   for i, axis in enumerate(spec):
     if axis is not None and shape[i] % mesh.shape[axis]:

@@ -49,7 +49,7 @@ def initializer(config, tx, seed):
 def shardings(abstract, mesh):
   """State of placements for an abstract State (of jax.eval_shape)."""
   params = sharding.params_sharding(abstract.params, mesh)
-  return State(sharding.like_params(abstract.step, {}, mesh), params, sharding.like_params(abstract.opt_state, params, mesh))
+  return State(*(sharding.like_params(tree, params, mesh) for tree in abstract))
 
 
 def abstract_params(config):

@@ -18,8 +18,8 @@ def trainer(graph, tx, schedule, *, accumulate=1, loss_chunk=0):
     loss_chunk: see train.loss.of_model.
 
   Returns:
-    step(State, batch) -> (State, sums): sums of train.loss.cross_entropy over the batch, `grad_norm` before clipping and
-    `learning_rate`. The gradient is that of nll / tokens over the whole batch, whatever accumulate is.
+    step(State, batch) -> (State, sums): sums of train.loss.cross_entropy over the batch, `grad_norm` before
+    clipping, and `learning_rate`. The gradient is that of nll / tokens over the whole batch, whatever accumulate is.
   """
 
   def nll(params, batch):

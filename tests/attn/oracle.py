@@ -17,7 +17,7 @@ def relative_error(got, want):
   finite = np.isfinite(want)
   np.testing.assert_array_equal(got[~finite], want[~finite])
   largest = np.abs(want[finite]).max(initial=0)
-  error = np.abs(got - want)[finite].max(initial=0)
+  error = np.abs(got[finite] - want[finite]).max(initial=0)
   return error / largest if largest else error
 
 

@@ -12,9 +12,12 @@ from tests.attn import oracle
 
 SHAPE = 'B2T7S11H4K2D5V3'  # no tile below divides T or S
 BLOCKS = softmax.Blocks(q=4, kv=3)
+# These tests compile much and run little. Without optimization a program compiles four times as fast; those of memory,
+# sharding and padding, and the comparison with jax.nn, use the compiler as it comes.
+QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
 STATIC = ('scale', 'soft_cap', 'is_causal', 'dropout_rate', 'precision', 'implementation', 'return_residual', 'blocks')
 # Compiled once per shapes and options, over all tests. Without jit every operation would be compiled by itself.
-attend = jax.jit(softmax.attend, static_argnames=STATIC)
+attend = jax.jit(softmax.attend, static_argnames=STATIC, compiler_options=QUICK)
 FLOATS = ('q', 'k', 'v', 'bias', 'logit_bias', 'sinks')
 
 
@@ -68,7 +71,7 @@ def run(one, implementation, blocks=BLOCKS):
   """{'out', 'lse', and the gradient of every floating input} of a case, in float64, compiled once."""
   names = [name for name in FLOATS if name in one.arrays]
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICK)
   def forward_and_backward(arrays, mask, cotangents):
     def f(floats):
       rest = {name: x for name, x in arrays.items() if name not in names}
@@ -90,15 +93,12 @@ def expected(one):
   return {'out': out, 'lse': lse, **oracle.gradients(**settings, d_out=one.d_out, d_lse=one.d_lse)}
 
 
-@functools.cache
-def alone(name, implementation):
-  """(got, expected) of one option on SHAPE: shared by the tests of values and of gradients."""
-  return run(case(SHAPE, name), implementation), _expected_alone(name)
-
-
-@functools.cache
-def _expected_alone(name):
-  return expected(case(SHAPE, name))
+def check(one, implementation, blocks=BLOCKS):
+  """Output, log-sum-exp and all gradients of a case are the oracle's, to 10 digits."""
+  got, want = run(one, implementation, blocks), expected(one)
+  assert got.keys() == want.keys()
+  for name in want:
+    np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=1e-12, err_msg=f'{implementation}: {name}')
 
 
 def _some(rng, *shape):

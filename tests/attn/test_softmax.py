@@ -1,4 +1,4 @@
-"""attn.softmax.attend against loops in numpy float64, over shapes, options and tiles."""
+"""attn.softmax.attend and its gradients against loops in numpy float64, over shapes, options and tiles."""
 
 import functools
 
@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 
 from attn import masks, softmax
 from tests.attn import oracle
-from tests.attn.softmax_cases import BLOCKS, OPTIONS, SHAPE, alone, attend, case, expected, inputs, run
+from tests.attn.softmax_cases import BLOCKS, OPTIONS, SHAPE, attend, case, check, expected, inputs
 
 IMPLEMENTATIONS = softmax.IMPLEMENTATIONS
 SHAPES = [  # T = S and not, one, prime, one past a tile (blocks of 4 and 3), V wider and narrower than D, groups
@@ -42,9 +41,7 @@ def test_shapes(shape, implementation):
 @pytest.mark.parametrize('name', OPTIONS)
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_every_option_alone(name, implementation):
-  got, want = alone(name, implementation)
-  np.testing.assert_allclose(got['out'], want['out'], rtol=1e-10, atol=1e-12)
-  np.testing.assert_allclose(got['lse'], want['lse'], rtol=1e-10, atol=1e-12)
+  check(case(SHAPE, name), implementation)
 
 
 # Each example compiles, so a failing one is shown as it is and not made smaller.
@@ -54,19 +51,16 @@ LENGTH, TILE = st.sampled_from([1, 2, 5, 8]), st.sampled_from([1, 2, 3, 16])
 GROUPS = st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)])
 
 
-def check_combination(implementation, names, T, S, groups, tile, kv_tile, seed):
+def check_drawn(implementation, names, T, S, groups, tile, kv_tile, seed):
   one = case(f'B2T{T}S{S}H{groups[0]}K{groups[1]}D3V2', *sorted(names), seed=seed)
-  got, want = run(one, implementation, softmax.Blocks(q=tile, kv=kv_tile)), expected(one)
-  assert got.keys() == want.keys()
-  for name in want:
-    np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=1e-12, err_msg=name)
+  check(one, implementation, softmax.Blocks(q=tile, kv=kv_tile))
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 @DRAWN
 @given(names=COMBINATIONS, T=LENGTH, S=LENGTH, groups=GROUPS, tile=TILE, kv_tile=TILE, seed=st.integers(0, 99))
 def test_drawn_combinations(implementation, names, T, S, groups, tile, kv_tile, seed):
-  check_combination(implementation, names, T, S, groups, tile, kv_tile, seed)
+  check_drawn(implementation, names, T, S, groups, tile, kv_tile, seed)
 
 
 @pytest.mark.long
@@ -74,7 +68,7 @@ def test_drawn_combinations(implementation, names, T, S, groups, tile, kv_tile, 
 @settings(DRAWN, max_examples=60)
 @given(names=COMBINATIONS, T=LENGTH, S=LENGTH, groups=GROUPS, tile=TILE, kv_tile=TILE, seed=st.integers(0, 99))
 def test_many_drawn_combinations(implementation, names, T, S, groups, tile, kv_tile, seed):
-  check_combination(implementation, names, T, S, groups, tile, kv_tile, seed)
+  check_drawn(implementation, names, T, S, groups, tile, kv_tile, seed)
 
 
 def test_options_of_every_kind_at_once():
@@ -83,18 +77,13 @@ def test_options_of_every_kind_at_once():
   want = expected(one)
   assert np.isfinite(want['lse']).all() and np.abs(want['out']).max() > 0.1
   for implementation in IMPLEMENTATIONS:
-    got = run(one, implementation)
-    for name in want:
-      np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=1e-12, err_msg=f'{implementation} {name}')
+    check(one, implementation)
 
 
 @pytest.mark.parametrize('blocks', [(1, 1), (1, 16), (16, 1), (5, 2), (7, 11), (8, 12), None])
 def test_tiles_change_nothing(blocks):
   one = case(SHAPE, 'streaming mask', 'bias', 'segments')
-  got = run(one, 'xla', blocks and softmax.Blocks(*blocks))
-  want = expected(one)
-  for name in want:
-    np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=1e-12, err_msg=name)
+  check(one, 'xla', blocks and softmax.Blocks(*blocks))
 
 
 def test_the_default_is_one_of_the_two():

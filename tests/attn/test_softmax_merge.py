@@ -10,12 +10,12 @@ import pytest
 
 from attn import masks, softmax
 from tests.attn import oracle
-from tests.attn.softmax_cases import SHAPE, attend, case, inputs
+from tests.attn.softmax_cases import QUICK, SHAPE, attend, case, inputs
 
 IMPLEMENTATIONS = softmax.IMPLEMENTATIONS
 SPLITS = [(0, 11), (5,), (1, 2), (0, 4, 4, 11), (3, 6, 9), tuple(range(1, 11))]  # with empty parts, and one key each
-merge = jax.jit(softmax.merge)
-add_sinks = jax.jit(softmax.add_sinks)
+merge = jax.jit(softmax.merge, compiler_options=QUICK)
+add_sinks = jax.jit(softmax.add_sinks, compiler_options=QUICK)
 
 
 def parts_of(arrays, seen, cuts, implementation):
@@ -31,11 +31,14 @@ def parts_of(arrays, seen, cuts, implementation):
   ]  # fmt: skip
 
 
+split = jax.jit(parts_of, static_argnums=(2, 3), compiler_options=QUICK)
+
+
 @pytest.mark.parametrize('cuts', SPLITS)
 def test_any_split_is_the_whole(cuts):
   one = case(SHAPE, 'bias', 'array mask')  # the mask has empty rows, whole and in parts
   with jax.enable_x64(True):
-    out, lse = merge(jax.jit(parts_of, static_argnums=(2, 3))(one.arrays, one.seen, cuts, 'reference'))
+    out, lse = merge(split(one.arrays, one.seen, cuts, 'reference'))
   want_out, want_lse = oracle.attend(**one.oracle_arguments())
   np.testing.assert_allclose(out, want_out, rtol=1e-10, atol=1e-12)
   np.testing.assert_allclose(lse, want_lse, rtol=1e-10, atol=1e-12)
@@ -45,7 +48,7 @@ def test_any_split_is_the_whole(cuts):
 def test_gradient_of_a_split_is_that_of_the_whole(implementation):
   one = case(SHAPE, 'bias', 'array mask')
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICK)
   def gradients(arrays, seen):
     def loss(arrays):
       out, lse = softmax.merge(parts_of(arrays, seen, (4, 5), implementation))
@@ -107,7 +110,7 @@ def test_an_empty_part_weighs_nothing_whatever_it_holds(rubbish):
   a, b = random_parts(2, np.float32)
   empty = np.full_like(a[0], rubbish), np.full_like(a[1], -np.inf)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICK)
   def run(parts):
     result, vjp = jax.vjp(softmax.merge, parts)
     return result, vjp(jax.tree.map(jnp.ones_like, result))[0]
@@ -160,8 +163,8 @@ def test_sinks_are_a_part_without_value(implementation):
 def test_sinks_on_parts_are_added_once_at_the_end():
   one = case(SHAPE, 'sinks', 'bias', 'array mask')
   with jax.enable_x64(True):
-    parts = jax.jit(parts_of, static_argnums=(2, 3))(one.arrays, one.seen, (4,), 'xla')
-    out, lse = add_sinks(*merge(parts), one.arrays['sinks'])
+    whole = merge(split(one.arrays, one.seen, (4,), 'xla'))
+    out, lse = add_sinks(*whole, one.arrays['sinks'])
   want_out, want_lse = oracle.attend(**one.oracle_arguments())
   np.testing.assert_allclose(out, want_out, rtol=1e-10, atol=1e-12)
   np.testing.assert_allclose(lse, want_lse, rtol=1e-10, atol=1e-12)

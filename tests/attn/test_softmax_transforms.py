@@ -1,17 +1,19 @@
 """attn.softmax.attend under jit, vmap, remat and sharding; its memory; its matrix products."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from attn import masks, softmax
 from tests.attn import oracle
-from tests.attn.softmax_cases import BLOCKS, attend, case, inputs
+from tests.attn.softmax_cases import BLOCKS, QUICK, attend, case, inputs
 
 IMPLEMENTATIONS = softmax.IMPLEMENTATIONS
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def loss_of(implementation, mask=None, blocks=BLOCKS, **options):
@@ -50,8 +52,8 @@ def test_vmap(implementation):
   def one(arrays, offset):
     return jax.value_and_grad(loss_of(implementation, masks.causal(offset)))(arrays)
 
-  got = jax.jit(jax.vmap(one))(many, offsets)
-  single = jax.jit(one)
+  got = quick(jax.vmap(one))(many, offsets)
+  single = quick(one)
   alone = [single({n: x[i] for n, x in many.items()}, offsets[i]) for i in range(3)]
   assert_same(got, jax.tree.map(lambda *x: np.stack(x), *alone), 'float32')
 
@@ -60,8 +62,8 @@ def test_vmap_over_the_bias_alone():
   arrays = floats('B1T5S7H2K1D3V2')
   biases = np.random.default_rng(0).normal(size=(3, 1, 2, 5, 7)).astype(np.float32)
   one = lambda bias: jax.value_and_grad(loss_of('xla'))(arrays | {'bias': bias})
-  single = jax.jit(one)
-  assert_same(jax.jit(jax.vmap(one))(biases), jax.tree.map(lambda *x: np.stack(x), *[single(bias) for bias in biases]))
+  single = quick(one)
+  assert_same(quick(jax.vmap(one))(biases), jax.tree.map(lambda *x: np.stack(x), *[single(bias) for bias in biases]))
 
 
 @pytest.mark.parametrize('policy', [None, 'save', 'offer'])
@@ -74,8 +76,8 @@ def test_remat(implementation, policy):
     'save': jax.checkpoint_policies.save_only_these_names('attn_out', 'attn_lse'),
     'offer': jax.checkpoint_policies.dots_saveable,
   }
-  got = jax.jit(jax.grad(jax.checkpoint(loss, policy=policies[policy])))(arrays)
-  assert_same(got, jax.jit(jax.grad(loss))(arrays))
+  got = quick(jax.grad(jax.checkpoint(loss, policy=policies[policy])))(arrays)
+  assert_same(got, quick(jax.grad(loss))(arrays))
 
 
 def test_saved_names_spare_the_second_forward():
@@ -106,7 +108,7 @@ def test_in_a_scan_over_layers(implementation):
       q = layer(layer(layer(q, None)[0], None)[0], None)[0]
     return loss(arrays | {'q': q})
 
-  got, want = (jax.jit(jax.grad(stacked), static_argnums=1)(arrays, steps) for steps in ('scan', 'loop'))
+  got, want = (quick(jax.grad(stacked), static_argnums=1)(arrays, steps) for steps in ('scan', 'loop'))
   assert_same(got, want)
 
 

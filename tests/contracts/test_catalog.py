@@ -10,7 +10,7 @@ import pytest
 from attn import catalog, contracts, masks, positions, softmax, split_kv
 from attn.cache import storage
 from attn.catalog import Method
-from attn.contracts.trial import Trial
+from attn.contracts.trial import Trial, compiled
 
 METHODS = catalog.methods()
 PAIRS = [(method, name) for method in METHODS for name in contracts.applicable(method)]
@@ -29,13 +29,8 @@ def test_contract(method, contract):
   _check(method, contract)
 
 
-OTHER_FORMS = [
-  (dataclasses.replace(method, forms={form: method.forms[form]}), name)
-  for method in METHODS
-  for form in list(method.forms)[1:]
-  for name in contracts.applicable(method)
-  if name not in ('oracle', 'forms_agree')
-]
+VARIANTS = [dataclasses.replace(x, forms={form: x.forms[form]}) for x in METHODS for form in list(x.forms)[1:]]
+OTHER_FORMS = [(x, name) for x in VARIANTS for name in contracts.applicable(x) if name != 'oracle']
 
 
 @pytest.mark.long
@@ -53,7 +48,7 @@ def test_usage_runs_and_is_what_the_record_says(method):
   inputs = trial.inputs(dtype=np.float32)
   names = {**vars(positions), 'softmax': softmax, 'masks': masks, 'split_kv': split_kv, 'storage': storage}
   names['positions'] = jnp.broadcast_to(jnp.arange(12), (2, 12))
-  got = eval(method.usage, {**names, **{name: jnp.asarray(x) for name, x in inputs.items()}})
+  got = compiled(lambda inputs: eval(method.usage, {**names, **inputs}))(inputs)
   got = got[0] if isinstance(got, tuple) else got
   np.testing.assert_allclose(got, trial.run(inputs)['out'], rtol=1e-5, atol=1e-5)
 
@@ -79,7 +74,7 @@ def test_unknown_names_get_a_hint(name, near):
 
 
 def test_methods_by_family():
-  assert [x.name for x in catalog.methods('positions')][0] == 'rotary'
+  assert catalog.methods('positions')[0].name == 'rotary'
   assert len(catalog.methods('exact')) + len(catalog.methods('positions')) == len(METHODS)
   with pytest.raises(ValueError, match="family='spars'"):
     catalog.methods('spars')

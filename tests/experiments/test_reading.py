@@ -4,8 +4,7 @@ import types
 
 import numpy as np
 
-from experiments import quickstart, reading
-from train import config as configs
+from experiments import reading
 
 
 def test_snippet_begins_at_a_method():
@@ -37,10 +36,3 @@ def test_as_text_shows_every_token():
   assert reading.as_text(b'a\x00\tb\n') == 'a\ufffd\tb\n'
   assert reading.as_text('é'.encode()) == 'é'
   assert reading.as_text([255, 97, 256]) == '\ufffda∎'
-
-
-def test_quickstart_alternates_window_and_full():
-  config = configs.load(quickstart.get_config())
-  windows = [config.model.spec(layer).window for layer in range(config.model.depth)]
-  assert all(bool(window) == (layer % 2 == 0) for layer, window in enumerate(windows))
-  assert config.data.source == 'python_stdlib'

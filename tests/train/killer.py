@@ -10,7 +10,6 @@ from absl import app
 
 from train import checkpoint, data, main
 
-
 TRAIN_BATCH = 8  # of tests.train.tiny; evaluation has another
 
 

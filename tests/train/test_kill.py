@@ -14,9 +14,10 @@ from tests.train import tiny
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def start(*args):
-  """Runs `python -m ...` on one CPU device, as a person does."""
+def start(folder, *args):
+  """Runs `python -m ...` on one CPU device, as a person does; what one process has compiled the next can read."""
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONWARNINGS': 'error'}
+  env |= {'JAX_COMPILATION_CACHE_DIR': f'{folder}/cache', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   return subprocess.run(
     [sys.executable, '-m', *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
   )
@@ -35,16 +36,16 @@ def command(tmp_path_factory):
 
 def test_sigkill_changes_nothing(command):
   config, flags, folder = command
-  whole = start('train.main', *flags('whole'))
+  whole = start(folder, 'train.main', *flags('whole'))
   assert whole.returncode == 0, whole.stderr
   assert whole.stderr == ''
   for point, step, left in (('step', 7, {'4'}), ('save', 12, {'4', '8'}), ('between', 6, {'8', '12'})):
-    killed = start('tests.train.killer', point, str(step), *flags('killed'))
+    killed = start(folder, 'tests.train.killer', point, str(step), *flags('killed'))
     assert killed.returncode == -9, (point, killed.returncode, killed.stderr)
     found = {path.name for path in (folder / 'killed' / 'checkpoints').iterdir()}
     assert {name for name in found if name.isdigit()} == left, point
     assert any('tmp' in name for name in found) == (point == 'save')
-  ended = start('train.main', *flags('killed'))
+  ended = start(folder, 'train.main', *flags('killed'))
   assert ended.returncode == 0, ended.stderr
   assert 'going on after step 12' in ended.stdout
 

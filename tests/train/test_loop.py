@@ -54,7 +54,8 @@ def test_run_leaves_what_it_says(whole, source):
   assert {file[1] for file in record['files']} == {'train', 'held_out'}
   assert json.loads((workdir / 'config.json').read_text())['config']['data']['source'] == source
   assert [(line['step'], line['steps']) for line in tiny.lines(workdir, 'train')] == [(5, 5), (10, 5), (12, 2)]
-  assert [(line['step'], line['is_all']) for line in tiny.lines(workdir, 'eval')] == [(4, False), (8, False), (12, True)]
+  evals = [(line['step'], line['is_all']) for line in tiny.lines(workdir, 'eval')]
+  assert evals == [(4, False), (8, False), (12, True)]
   assert list((workdir / 'tb').iterdir())
   first, last = tiny.lines(workdir, 'train')[0], tiny.lines(workdir, 'train')[-1]
   assert last['bits_per_byte'] < first['bits_per_byte']
@@ -116,7 +117,7 @@ def test_more_steps_continue_a_finished_run_and_time_saves(source, tmp_path):
   assert loop.run(config, tmp_path)['steps'] == 4
   assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['2', '3', '4']
   assert [line['step'] for line in tiny.lines(tmp_path, 'train')] == [2, 3, 4]
-  with pytest.raises(UserError, match='train.steps=3: expected at least the 4 steps'):
+  with pytest.raises(UserError, match=r'train\.steps=3: expected at least the 4 steps'):
     loop.run(tiny.config(source, train={'steps': 3}), tmp_path)
 
 
@@ -146,7 +147,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch, 
 
 def test_an_absurd_learning_rate_is_not_saved(source, tmp_path):
   config = tiny.config(source, optimizer={'learning_rate': 1e38, 'warmup_steps': 0}, checkpoint={'every': 1})
-  with pytest.raises(loop.NotFinite, match='step [123]: '):
+  with pytest.raises(loop.NotFinite, match=r'step [123]: '):
     loop.run(config, tmp_path)
   for path in (tmp_path / 'checkpoints').iterdir():
     _, model, _ = checkpoint.load_model(tmp_path, int(path.name))
@@ -187,7 +188,7 @@ def test_a_changed_corpus_is_refused(tmp_path):
   (tmp_path / 'text' / 'p1' / 'f0.txt').write_text('something else')
   (tmp_path / 'text' / 'p1' / 'new.txt').write_text('something new')
   config.train.steps = 2
-  with pytest.raises(UserError, match='text has changed.*: p1/f0.txt, p1/new.txt. Going on'):
+  with pytest.raises(UserError, match=r'text has changed.*: p1/f0.txt, p1/new.txt\. Going on'):
     loop.run(config, tmp_path / 'run')
 
 
@@ -200,9 +201,9 @@ def test_a_workdir_is_used_by_one_process(tmp_path):
 
 def test_damaged_files_of_a_run_are_named(source, tmp_path):
   (tmp_path / 'config.json').write_text('{"config"')
-  with pytest.raises(UserError, match='config.json: expected a JSON file of a run'):
+  with pytest.raises(UserError, match=r'config\.json: expected a JSON file of a run'):
     loop.run(tiny.config(source), tmp_path)
-  with pytest.raises(UserError, match='expected a run, found no config.json'):
+  with pytest.raises(UserError, match=r'expected a run, found no config\.json'):
     checkpoint.load_model(tmp_path / 'nothing')
 
 

@@ -7,7 +7,7 @@ import pytest
 from train import optimizer
 from train.config import OptimizerConfig
 
-COMMON = dict(learning_rate=2.0, warmup_steps=4, final_fraction=0.1, decay_fraction=0.25)
+COMMON = {'learning_rate': 2.0, 'warmup_steps': 4, 'final_fraction': 0.1, 'decay_fraction': 0.25}
 
 
 @pytest.mark.parametrize(

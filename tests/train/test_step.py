@@ -1,4 +1,4 @@
-"""train.loss and train.step: sums against numpy, packed documents against single ones, parts against the whole batch."""
+"""train.loss and train.step: sums against numpy, packed documents against single ones, parts against whole batches."""
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ def test_chunked_loss_is_the_same(model, chunk):
 def test_split_and_merge_are_inverse(model):
   graph, params = states.split(model)
   assert 'blocks.1.mixer.q.kernel' in params
-  again_graph, again = states.split(states.merge(graph, params))
+  _, again = states.split(states.merge(graph, params))
   assert list(again) == list(params)
   assert all(np.array_equal(again[path], params[path]) for path in params)
   assert {path: x.shape for path, x in states.abstract_params(MODEL).items()} == {p: x.shape for p, x in params.items()}

@@ -19,7 +19,7 @@ from train.config import (
   TrainConfig,
 )
 
-WORDS = 'alpha beta gamma delta epsilon zeta eta theta iota kappa λ μ'.split()
+WORDS = ['alpha', 'beta', 'gamma', 'delta', 'epsilon', 'zeta', 'eta', 'theta', 'iota', 'kappa', 'λ', 'μ']
 
 
 def write_corpus(folder, packages=12, files=2, words=60):
