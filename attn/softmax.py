@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ('reference', 'xla')
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Tile sizes of 'xla' in tokens. They change speed and memory, never the result."""
+  """Tile sizes of 'xla' in tokens (q rounded up to a multiple of 8). They change speed, never the result."""
 
   q: int
   kv: int

@@ -67,7 +67,9 @@ def _best_plan(call):
 def _planned(call, bq, bk):
   """The plan of a call with tiles of bq queries and bk keys, or of all there are."""
   T, S = call.q.shape[1], call.k.shape[1]
-  bq, bk = max(1, min(bq, T)), max(1, min(bk, S))
+  # Query tiles are whole vectors: jaxlib 0.10.2 for CPU miscompiles the update of the running maximum in float64 for
+  # tiles of 5 queries (batch 2, 4 heads; elements are taken from the neighbouring row). Multiples of 8 are sound.
+  bq, bk = -(-max(1, min(bq, T)) // 8) * 8, max(1, min(bk, S))
   if call.positions is None and call.kv_positions is None:
     verdict = _verdicts(call.mask, T, S, bq, bk)
   else:  # positions are known at run time only

@@ -68,6 +68,7 @@ class Decoder(nn.Module):
   def __init__(self, config, T):
     super().__init__()
     check(config)
+    self.input_scale = config.input_scale
     self.embed = nn.Embedding(config.vocab, config.width)
     self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
     self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
 
   def forward(self, tokens):
     """[B, T] ids -> logits [B, T, vocab]."""
-    x = self.embed(tokens)
+    x = self.input_scale * self.embed(tokens)
     for block in self.blocks:
       x = block(x, self.cos, self.sin)
     return F.linear(self.norm(x), self.embed.weight)

@@ -88,6 +88,8 @@ class DecoderConfig:
     attn_bias: biases on the q, k, v and o projections.
     mlp_bias: biases in the MLP.
     tied_embeddings: the embedding table is also the output projection.
+    embed_scale: factor on the rows of the embedding table; 0 means sqrt(width) / 4. The table starts at a standard
+      deviation of width ** -0.5, so that logits start near 1, which alone is little beside what layers add.
     norm_eps: added to the mean square in RMSNorm.
     remat: what the backward pass computes again: 'none'; 'full' (all inside a layer); 'dots' (all but the results
       of the projections and of attention).
@@ -113,6 +115,7 @@ class DecoderConfig:
   attn_bias: bool = False
   mlp_bias: bool = False
   tied_embeddings: bool = True
+  embed_scale: float = 0.0
   norm_eps: float = 1e-6
   remat: str = 'none'
   scan: bool = False
@@ -138,6 +141,11 @@ class DecoderConfig:
     return -(-8 * self.width // (3 * 64)) * 64 if self.is_gated else 4 * self.width
 
   @property
+  def input_scale(self):
+    """Factor on the rows of the embedding table."""
+    return self.embed_scale or self.width**0.5 / 4
+
+  @property
   def is_gated(self):
     """Whether the MLP multiplies two projections."""
     return self.mlp in ('swiglu', 'geglu')
@@ -161,7 +169,7 @@ class DecoderConfig:
       raise ValueError(f'{name}.kv_heads={self.kv_heads} must divide heads={self.heads}')
     if not self.head_dim and self.width % self.heads:
       raise ValueError(f'{name}.heads={self.heads} must divide width={self.width}, or give head_dim')
-    for field in ('attn_soft_cap', 'logit_soft_cap'):
+    for field in ('attn_soft_cap', 'logit_soft_cap', 'embed_scale'):
       if not 0 <= getattr(self, field) < math.inf:
         raise ValueError(f'{name}.{field}={getattr(self, field)} must be a finite number, 0 (off) or above')
     if not 0 < self.norm_eps < 1:

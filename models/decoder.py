@@ -67,7 +67,9 @@ class Decoder(nnx.Module):
     self.soft_cap = config.logit_soft_cap
     self.has_chunks = any(spec.chunk for spec in config.layers)
     dtypes = {'dtype': config.dtype, 'param_dtype': config.param_dtype}
-    self.embed = layers.Embed(config.vocab, config.width, std=config.width**-0.5, rngs=rngs, **dtypes)
+    self.embed = layers.Embed(
+      config.vocab, config.width, scale=config.input_scale, std=config.width**-0.5, rngs=rngs, **dtypes
+    )
     keys = jax.random.split(rngs.params(), config.depth)
     block = lambda i: lambda key: Block(config.spec(i), config, rngs=nnx.Rngs(params=key))
     if config.scan:

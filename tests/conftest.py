@@ -1,6 +1,7 @@
 """What every test stands on: eight CPU devices, so that sharding is tested on any machine; a GPU only with -m gpu."""
 
 import os
+import types
 
 import pytest
 
@@ -29,4 +30,4 @@ def pytest_testnodedown(node):
   count = getattr(node, 'workeroutput', {}).get('deselected', 0)
   stats = node.config.pluginmanager.get_plugin('terminalreporter').stats
   if count and not stats.get('deselected'):
-    stats['deselected'] = [None] * count
+    stats['deselected'] = [types.SimpleNamespace() for _ in range(count)]

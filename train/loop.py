@@ -56,7 +56,8 @@ def run(config, workdir):
     is_writer = jax.process_index() == 0
     stored = workdirs.check(workdir, config)
     if result := workdirs.finished(workdir, stored, config):
-      print(f'This run is finished; nothing was computed again.\n{summary.footer(result)}' if is_writer else '')
+      if is_writer:
+        print(f'This run is finished; nothing was computed again.\n{summary.footer(result)}')
       return result
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
@@ -68,6 +69,7 @@ def run(config, workdir):
     by_rows, whole = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P())
     if is_writer:
       at_end.enter_context(workdirs.lock(workdir))
+      stored = workdirs.check(workdir, config)  # again: nobody else can change it from here on
     corpus = corpora.load(config.data)
     workdirs.check_corpus(workdir, stored, corpus)
     if is_writer:
@@ -99,11 +101,12 @@ def run(config, workdir):
     start, state = checkpoint.restore(manager, abstract, placed, batches)
     if state is None:
       state = jax.jit(init, out_shardings=placed)()
+    if is_writer:
+      print(summary.header(config, workdir, corpus, rows, mesh, start), flush=True)
     writer = metrics.Writer(workdir, start, has_tensorboard=config.log.tensorboard, is_on=is_writer)
     progress = metrics.Progress(start, config.train.steps, plain_seconds=config.log.plain_seconds, is_on=is_writer)
     at_end.callback(writer.close)
     at_end.callback(progress.close)
-    progress.say(summary.header(config, workdir, corpus, rows, mesh, start))
     flops_per_token = 3 * size.flops_per_token(config.model, T)
     peak_flops, peak_source = peak.flops(mesh, config.train.peak_flops)
     pending: collections.deque = collections.deque()  # (step, row numbers, sums on the devices), not read yet

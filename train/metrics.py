@@ -150,7 +150,9 @@ class Progress:
     terminal = sys.stderr.isatty() and os.environ.get('TERM', 'dumb') != 'dumb' and not os.environ.get('CI')
     self._bar = None
     if terminal and is_on:
-      self._bar = tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True, desc='compiling')
+      # Some terminals do not tell their size: a bar of width 0 would be nothing.
+      size = {'dynamic_ncols': True} if all(os.get_terminal_size(sys.stderr.fileno())) else {'ncols': 100, 'nrows': 20}
+      self._bar = tqdm(total=steps, initial=step, unit='step', desc='compiling', **size)
 
   def done(self, step):
     """Moves to `step`."""

@@ -71,6 +71,7 @@ def test_append_and_rollback_match_oracle(is_ring, capacity):
   for n in (1, 4, 1, 4, 4, 1):
     new = rng.integers(0, n + 1, 3)  # ragged: the rest is padding
     positions = np.where(np.arange(n) < new[:, None], length[:, None] + np.arange(n), -1).astype(np.int32)
+    positions = rng.permuted(positions, axis=1)
     k, v = entries(n, 3, n, K, D), entries(n + 1, 3, n, K, V)
     slots = jit_append(slots, k, v, positions)
     oracle.append(k, v, positions)

@@ -161,7 +161,7 @@ def test_de_morgan(one, other):
   np.testing.assert_array_equal(evaluate(~~a, 4, 9), evaluate(a, 4, 9))
 
 
-@settings(DRAWN, max_examples=300)
+@settings(DRAWN, max_examples=100)
 @given(combinations(), st.tuples(*[st.integers(-3, 14), st.integers(0, 5)] * 2))
 def test_boxes_keep_their_promises(drawn, box):
   mask, pair = drawn
@@ -173,6 +173,24 @@ def test_boxes_keep_their_promises(drawn, box):
   assert verdict in (masks.EMPTY, masks.PARTIAL, masks.FULL)
   assert verdict != masks.EMPTY or not any(inside)
   assert verdict != masks.FULL or all(inside)
+
+
+def test_boxes_at_every_place_keep_their_promises():
+  """Every mask above on every small box: those that touch a border by one position are among them."""
+  low, more = np.arange(-3, 12), np.arange(4)
+  q_low, q_more, k_low, k_more = (x.ravel() for x in np.meshgrid(low, more, low, more, indexing='ij'))
+  for name, (mask, pair) in POSITIONAL.items():
+    seen = oracle.dense(
+      lambda b, h, i, j, t, s, pair=pair: pair(b, h, i, j), 18, batch=B, heads=H,
+      positions=np.arange(-3, 15), kv_positions=np.arange(-3, 15),
+    )  # fmt: skip
+    # allowed[i, j] counts the pairs before row i and column j, so that four reads count those of a box.
+    allowed = np.pad(seen.sum((0, 1)).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    top, bottom, left, right = q_low + 3, q_low + q_more + 4, k_low + 3, k_low + k_more + 4
+    inside = allowed[bottom, right] - allowed[top, right] - allowed[bottom, left] + allowed[top, left]
+    verdict = mask.boxes(q_low, q_low + q_more, k_low, k_low + k_more)
+    assert (inside[verdict == masks.EMPTY] == 0).all(), name
+    assert (inside == B * H * (q_more + 1) * (k_more + 1))[verdict == masks.FULL].all(), name
 
 
 def test_boxes_are_tight_where_work_is_saved():

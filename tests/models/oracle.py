@@ -10,7 +10,7 @@ def decoder(params, config, tokens, segment_ids=None):
   params = {path: np.asarray(x, np.float64) for path, x in params.items()}
   logits = []
   for b, row in enumerate(tokens):
-    x = params['embed.table'][row]
+    x = params['embed.table'][row] * (config.embed_scale or math.sqrt(config.width) / 4)
     seen = np.tril(np.ones((len(row), len(row)), bool))
     start = np.zeros(len(row), int)
     if segment_ids is not None:

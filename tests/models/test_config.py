@@ -34,6 +34,7 @@ def test_defaults():
     ({'implementation': 'fast'}, "model.implementation='fast' must be one of '', 'reference'"),
     ({'attn_soft_cap': -1.0}, 'model.attn_soft_cap=-1.0'),
     ({'logit_soft_cap': math.inf}, 'model.logit_soft_cap=inf'),
+    ({'embed_scale': -0.5}, 'model.embed_scale=-0.5'),
     ({'norm_eps': 0.0}, 'model.norm_eps=0.0'),
     ({'layers': [LayerSpec(), LayerSpec(window=-1)]}, r'model.layers\[1\].window=-1'),
     ({'layers': [LayerSpec(chunk=-2)]}, r'model.layers\[0\].chunk=-2'),

@@ -99,9 +99,9 @@ def test_rollback_beyond_the_slack_is_refused_or_seen():
     cache.rollback(3)
   with pytest.raises(ValueError, match='n=-1'):
     cache.rollback(-1)
-  logits, twice = small.extend(model, tokens[:, 5:6], None, cache.rollback(2).rollback(2))
+  logits, twice = small.extend(model, tokens[:, 6:7], None, cache.rollback(2).rollback(1))
   assert np.isnan(logits).all()
-  logits, _ = small.extend(model, tokens[:, 6:7], None, twice)
+  logits, _ = small.extend(model, tokens[:, 7:8], None, twice)
   assert np.isnan(logits).all()  # and the row stays lost
   ok, _ = small.extend(model, tokens[:, 7:8], None, cache.rollback(1).rollback(1))
   assert np.isfinite(ok).all()

@@ -74,6 +74,10 @@ def test_kept_matches_oracle(top_k, top_p):
     assert set(np.nonzero(kept)[0]) == kept_oracle(row.astype(np.float64), top_k, top_p)
 
 
+def test_top_p_stops_where_it_is_reached():
+  np.testing.assert_array_equal(generation.kept(jnp.array([[1.0, 1.0]]), 0, 0.5), [[True, False]])
+
+
 def test_top_p_of_one_keeps_what_rounding_would_cut():
   logits = jnp.array([[40.0, 0.0, -40.0, 1.0]])
   assert generation.kept(logits, 0, 1.0).all()
