@@ -1,5 +1,7 @@
 """`dot_product_attention`: jax.nn's function, name for name, over this project's exact attention."""
 
+import numbers
+
 import jax.numpy as jnp
 
 from attn import masks, softmax
@@ -57,7 +59,7 @@ def dot_product_attention(
     raise ValueError(f'{shapes}: expected 4 axes each, or 3 each (without a batch)')
   q, k, v = (x[None] if x.ndim == 3 else x for x in arrays.values())
   if local_window_size is not None:
-    near = masks.window(*_window(local_window_size))
+    near = _window(local_window_size)
     mask = near if mask is None else near & (mask if isinstance(mask, masks.Mask) else masks.array(mask))
   out, lse = softmax.attend(
     q,
@@ -79,9 +81,11 @@ def dot_product_attention(
 
 
 def _window(size):
-  """(left, right) from an int or a pair."""
-  if isinstance(size, int):
-    return size, size
-  if not isinstance(size, tuple | list) or len(size) != 2:
+  """The mask of an int or a pair (left, right)."""
+  pair = (size, size) if isinstance(size, numbers.Integral) else size
+  if not isinstance(pair, tuple | list) or len(pair) != 2:
     raise ValueError(f'local_window_size={size!r} must be an int or a pair (left, right)')
-  return tuple(size)
+  try:
+    return masks.window(*pair)
+  except ValueError as error:
+    raise ValueError(f'local_window_size={size!r} does not fit: {error}') from None

@@ -1,4 +1,4 @@
-"""Dropout whose bits depend on (key, batch, head, query, key) alone, so that tiles of any size drop the same scores."""
+"""Dropout whose bits depend on the random key and the place (batch, head, query, key) in a call, not on the tiles."""
 
 import jax
 import jax.numpy as jnp

@@ -339,9 +339,16 @@ def dense(mask: Mask, T: int, S: int | None = None, *, batch=1, heads=1, positio
     kv_positions: int [S] or [B, S]; None means 0..S-1.
 
   Raises:
-    ValueError: an array inside the mask does not fit T, S, batch or heads.
+    ValueError: positions or an array inside the mask do not fit T, S, batch or heads.
   """
   S = T if S is None else S
+  for name, x, n in (('positions', positions, T), ('kv_positions', kv_positions, S)):
+    if x is not None and (
+      np.shape(x) not in ((n,), (1, n), (batch, n)) or not jnp.issubdtype(jnp.result_type(x), jnp.integer)
+    ):
+      raise ValueError(
+        f'{name} have shape {np.shape(x)} and dtype {jnp.result_type(x)}, expected integers [{n}] or [{batch}, {n}]'
+      )
   check(mask, batch, heads, T, S)
   q, k = tokens(T, positions), tokens(S, kv_positions)
   seen = mask.tile(q, k, batch, heads)
@@ -372,11 +379,16 @@ def check(mask: Mask, B: int, H: int, T: int, S: int) -> None:
 
 
 def _row(q: Tokens):
-  return q.position[:, None, :, None]
+  return _signed(q.position)[:, None, :, None]
 
 
 def _column(k: Tokens):
-  return k.position[:, None, None, :]
+  return _signed(k.position)[:, None, None, :]
+
+
+def _signed(x):
+  """Positions as int32 or int64: differences of narrow or unsigned integers wrap around."""
+  return x.astype(jnp.int64 if x.dtype.itemsize == 8 else jnp.int32)
 
 
 def _per_batch(x):
@@ -406,8 +418,8 @@ def _size(name, value, minimum):
     value = operator.index(value)
   except TypeError:
     raise ValueError(f'{name}={value!r} is not an integer') from None
-  if value < minimum:
-    raise ValueError(f'{name}={value} must be at least {minimum}')
+  if not minimum <= value < 2**31:
+    raise ValueError(f'{name}={value} must be at least {minimum} and below 2**31')
   return value
 
 

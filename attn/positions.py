@@ -230,6 +230,7 @@ def rotate(x, positions, rotary: Rotary):
 
   Source: arXiv:2104.09864 section 3.2.2.
   """
+  x = jnp.asarray(x)
   return _turn(x, _positions('positions', positions, x), rotary, with_factor=True)
 
 
@@ -253,6 +254,7 @@ def reposition(k, old_positions, new_positions, rotary: Rotary):
   Raises:
     ValueError: as `rotate`.
   """
+  k = jnp.asarray(k)
   old = _positions('old_positions', old_positions, k)
   new = _positions('new_positions', new_positions, k)
   return _turn(k, new - old, rotary, with_factor=False)
@@ -279,7 +281,10 @@ def _positions(name: str, positions, x) -> jax.Array:
   B, T = x.shape[:2]
   if np.shape(positions) not in ((T,), (1, T), (B, T)):
     raise ValueError(f'{name} have shape {np.shape(positions)}, expected [{T}] or [{B}, {T}]')
-  return jnp.atleast_2d(jnp.asarray(positions))
+  positions = jnp.atleast_2d(jnp.asarray(positions))
+  if jnp.issubdtype(positions.dtype, jnp.integer):  # differences of narrow or unsigned integers wrap around
+    positions = positions.astype(jnp.int64 if positions.dtype.itemsize == 8 else jnp.int32)
+  return positions
 
 
 def _at_least(name: str, value, low) -> None:

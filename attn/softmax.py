@@ -124,7 +124,7 @@ def attend(
   )  # fmt: skip
   if implementation is None:
     # With few queries the scores are no larger than the keys, and one product beats a loop.
-    implementation = 'reference' if q.shape[1] <= 16 else 'xla'
+    implementation = 'reference' if call.q.shape[1] <= 16 else 'xla'
   if implementation == 'xla':
     from attn import tiled
 
@@ -228,7 +228,8 @@ def _checked(
   query_seq_lengths, key_value_seq_lengths, positions, kv_positions, dropout_rate, dropout_key, precision,
 ):  # fmt: skip
   """The input rules of `attend`, for every implementation: returns (Call, sinks)."""
-  _check_qkv(q, k, v)
+  q, k, v = (jnp.asarray(x) for x in (q, k, v))
+  check_qkv(q, k, v)
   (B, T, H, D), (_, S, K, _) = q.shape, k.shape
   scale = D**-0.5 if scale is None else _number('scale', scale)
   if soft_cap is not None and _number('soft_cap', soft_cap) <= 0:
@@ -296,7 +297,8 @@ def _whole_mask(mask, is_causal, segment_ids, kv_segment_ids, lengths, positions
   return whole
 
 
-def _check_qkv(q, k, v):
+def check_qkv(q, k, v):
+  """ValueError unless q [B, T, H, D], k [B, S, K, D] and v [B, S, K, V] are floating and K divides H."""
   for name, x in (('q', q), ('k', k), ('v', v)):
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f'{name} has shape {x.shape} and dtype {x.dtype}, expected 4 axes of floating point')

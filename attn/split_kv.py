@@ -1,4 +1,4 @@
-"""Softmax attention over runs of keys that are merged at the end: the decode form of FlashAttention-2."""
+"""Softmax attention over runs of keys that are merged at the end, as in Flash-Decoding."""
 
 import itertools
 
@@ -33,7 +33,8 @@ def attend(q, k, v, *, splits, kv_positions=None, positions=None, sinks=None, re
   Raises:
     ValueError: splits out of range, an option by index (bias, lengths, segments), or as `softmax.attend`.
 
-  Source: arXiv:2307.08691 section 3.2; the merge arXiv:2205.14135 section 3.1.
+  Source: Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference",
+  https://pytorch.org/blog/flash-decoding/; the merge arXiv:2205.14135 section 3.1.
   """
   known = ('scale', 'soft_cap', 'is_causal', 'mask', 'precision', 'implementation', 'blocks')
   for name in options:

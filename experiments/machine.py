@@ -8,6 +8,8 @@ import subprocess
 
 import jax
 
+from train.machine import cpu_name
+
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch')
 
 
@@ -21,16 +23,6 @@ def facts():
     'versions': {'python': platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
     'commit': commit(),
   }
-
-
-def cpu_name():
-  """The processor's name, as far as the system tells it."""
-  try:
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      names = [line.split(':', 1)[1].strip() for line in file if line.startswith('model name')]
-  except OSError:
-    names = []
-  return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit():

@@ -72,7 +72,7 @@ def continuations(config, model, texts, temperature, seed=0):
   """
   T = config.data.seq_len
   # A line end first: in the middle of a file a prompt stands at the start of a line.
-  rows = [np.frombuffer(f'\n{text}'.encode()[: T - 1], np.uint8) for text in texts]
+  rows = [np.frombuffer(f'\n{text}'.encode()[: max(1, T - 1)], np.uint8) for text in texts]
   lengths = np.array([len(row) for row in rows])
   prompt = np.zeros((len(rows), lengths.max()), np.int32)
   for i, row in enumerate(rows):

@@ -259,6 +259,9 @@ def main(argv=None):
   arguments = parser.parse_args(argv)
   logging.set_verbosity(logging.ERROR)  # Orbax says that it only reads
   try:
+    folder = os.path.dirname(os.path.abspath(os.path.expanduser(arguments.out)))
+    if not os.path.isdir(folder):
+      raise UserError(f'--out={arguments.out}: expected a path in a folder that is there, found no {folder}')
     run = runs.read(arguments.workdir)
     text = build(run, arguments.longer, say=lambda line: print(line, flush=True))
   except UserError as error:

@@ -18,7 +18,7 @@ class Run:
     config: train.config.Config.
     stored: contents of config.json.
     corpus: contents of corpus.json.
-    result: contents of result.json; {} if the run is not finished.
+    result: contents of result.json; {} if the run is not finished, or has been taken up again for more steps.
     train: lines of kind 'train', each with `tokens_so_far` added.
     held_out: lines of kind 'eval', the same.
     parameters: number of them.
@@ -79,16 +79,16 @@ def read(workdir):
   """
   workdir = workdirs.expand(workdir)
   config = checkpoint.read_config(workdir)
-  result = workdir / workdirs.RESULT
+  stored = workdirs.read_json(workdir / workdirs.CONFIG)
   train, held_out = _lines(workdir / workdirs.METRICS)
   if not train:
     raise UserError(f'workdir {workdir}: expected a run of some steps, found none in {workdirs.METRICS}')
   return Run(
     workdir,
     config,
-    workdirs.read_json(workdir / workdirs.CONFIG),
+    stored,
     workdirs.read_json(workdir / workdirs.CORPUS),
-    workdirs.read_json(result) if result.exists() else {},
+    workdirs.finished(workdir, stored, config) or {},
     train,
     held_out,
     size.parameters(config.model),

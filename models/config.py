@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import jax
+
 from attn import positions, softmax
 
 MLPS = ('swiglu', 'geglu', 'gelu', 'relu2')
@@ -161,6 +163,9 @@ class DecoderConfig:
     at_least(self, name, {'vocab': 1, 'width': 1, 'depth': 1, 'heads': 1, 'kv_heads': 0, 'head_dim': 0, 'mlp_width': 0})
     one_of(self, name, {'mlp': MLPS, 'remat': REMATS, 'dtype': DTYPES, 'param_dtype': DTYPES})
     one_of(self, name, {'implementation': ('', *softmax.IMPLEMENTATIONS)})
+    for field in ('dtype', 'param_dtype'):
+      if getattr(self, field) == 'float64' and not jax.config.read('jax_enable_x64'):
+        raise ValueError(f"{name}.{field}='float64' needs JAX_ENABLE_X64=1: without it, jax computes in float32")
     if not self.layers:
       raise ValueError(f'{name}.layers=[] must name at least one layer')
     if self.depth % len(self.layers):

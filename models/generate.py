@@ -59,8 +59,14 @@ def generate(
 
 def sample(logits, key, temperature=1.0, top_k=0, top_p=1.0):
   """Draws one token per row: logits [..., vocab] -> int32 [...]; the arguments of `generate`, here also traced."""
-  logits = logits / temperature
+  logits = tempered(logits, temperature)
   return jax.random.categorical(key, jnp.where(kept(logits, top_k, top_p), logits, -jnp.inf)).astype(jnp.int32)
+
+
+def tempered(logits, temperature):
+  """logits / temperature up to a constant a row, without overflow: the largest is 0, however low the temperature."""
+  below = logits - jnp.max(logits, axis=-1, keepdims=True)
+  return below / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
 
 
 def kept(logits, top_k=0, top_p=1.0):
@@ -95,7 +101,7 @@ def _generate(
     step_key = jax.random.fold_in(key, step)
     if is_filtered:
       return sample(logits, step_key, temperature, top_k, top_p)
-    return jax.random.categorical(step_key, logits / temperature).astype(jnp.int32)
+    return jax.random.categorical(step_key, tempered(logits, temperature)).astype(jnp.int32)
 
   def is_running(carry):
     step, is_done = carry[0], carry[4]

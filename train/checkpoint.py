@@ -47,6 +47,9 @@ def restore(manager, abstract, shardings, iterator):
 
   Returns:
     (steps done, State), or (0, None) if there is no checkpoint.
+
+  Raises:
+    UserError: it is damaged.
   """
   step = manager.latest_step()
   if step is None:
@@ -59,7 +62,7 @@ def restore(manager, abstract, shardings, iterator):
     optimizer=ocp.args.StandardRestore({'step': placed.step, 'opt_state': placed.opt_state}),
     data=grain.checkpoint.CheckpointRestore(iterator),
   )
-  found = manager.restore(step, args=args)
+  found = _restored(manager, step, args)
   return step, states.State(found.optimizer['step'], found.params, found.optimizer['opt_state'])
 
 
@@ -74,7 +77,7 @@ def load_model(workdir, step=None):
     (train.config.Config, models.decoder.Decoder, step).
 
   Raises:
-    UserError: no run or no checkpoint there.
+    UserError: no run or no checkpoint there, or it is damaged.
   """
   workdir = workdirs.expand(workdir)
   config = read_config(workdir)
@@ -89,10 +92,18 @@ def load_model(workdir, step=None):
     params = states.abstract_params(config.model)
     whole = sharding.params_sharding(params, mesh)
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole[path]) for path, x in params.items()}
-    params = found.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes))).params
+    params = _restored(found, step, ocp.args.Composite(params=ocp.args.StandardRestore(shapes))).params
   # Without the mesh, so that the arrays mix with any others.
   params = {path: jax.device_put(np.asarray(x), jax.local_devices()[0]) for path, x in params.items()}
   return config, states.merge(states.graph(config.model), params), step
+
+
+def _restored(manager, step, args):
+  try:
+    return manager.restore(step, args=args)
+  except (KeyError, ValueError, OSError) as error:
+    wrong = f'{manager.directory / str(step)}: expected a whole checkpoint ({error})'
+    raise UserError(f'{wrong}; without this folder, an older one counts') from error
 
 
 def read_config(workdir):

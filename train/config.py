@@ -211,8 +211,10 @@ def load(config):
 
 
 def check_types(record, name=''):
-  """UserError for a field, at any depth, whose value is not of the declared type or not finite."""
+  """UserError for a field, at any depth, that is not declared, or whose value is of another type or not finite."""
   hints = typing.get_type_hints(type(record))
+  if unknown := [key for key in vars(record) if key not in hints]:  # set by a config file: Python lets it pass
+    raise UserError(f'{name}{unknown[0]}: {type(record).__name__} has no such field; it has {", ".join(hints)}')
   for field in dataclasses.fields(record):
     value, kind, path = getattr(record, field.name), hints[field.name], f'{name}{field.name}'
     if dataclasses.is_dataclass(kind):

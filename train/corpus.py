@@ -7,7 +7,9 @@ that a held-out file has no neighbour among the training files.
 import dataclasses
 import glob
 import hashlib
+import itertools
 import os
+import pathlib
 import stat
 import sysconfig
 
@@ -98,9 +100,12 @@ def load(config: DataConfig):
   return Corpus(files, skipped, duplicates, _hash(files))
 
 
-def held_out_files(config: DataConfig):
-  """[(name, bytes)] of the held-out files, as training and the report see them."""
-  return [(file.name, file.text) for file in load(config).side(HELD_OUT)]
+def check_outside(config: DataConfig, workdir):
+  """UserError if a folder of text holds the folder of the run: what a run writes would change its own text."""
+  for field in ('source', 'held_out'):
+    for part in _parts(getattr(config, field)):
+      if os.path.isdir(part) and pathlib.Path(os.path.realpath(workdir)).is_relative_to(os.path.realpath(part)):
+        raise UserError(f'workdir {workdir}: expected a folder outside of the text data.{field}={part!r}')
 
 
 def find(source, field):
@@ -112,29 +117,44 @@ def find(source, field):
     field: what the source is called in messages.
 
   Returns:
-    {name: path}, sorted by name. A name is relative to its folder, or to the part of a glob before its first wildcard.
+    {name: path}, sorted by name. A name is relative to its folder, or to the part of a glob before its first wildcard;
+    where two sources have packages of one name, those of the second begin with 'FOLDER:'.
 
   Raises:
     UserError: a path that does not exist, or nothing found.
   """
   found: dict[str, str] = {}
-  for part in [part.strip() for part in source.split(',') if part.strip()]:
+  tops: dict[str, str] = {}  # the path of each package
+  for part in _parts(source):
     if part == 'python_stdlib':
       root = sysconfig.get_paths()['stdlib']
       paths = [path for path in _walk(root) if path.endswith('.py')]
     else:
-      part = os.path.expanduser(part)
       root, paths = _expand(part, field)
     if not paths:
       raise UserError(f'{field}={part!r}: expected at least one file, found none')
-    for path in paths:
-      name = os.path.relpath(path, root).replace(os.sep, '/')
-      if found.setdefault(name, path) != path:
-        # Two sources with files of the same name: tell them apart by their folder's name, still one package each.
-        found[f'{os.path.basename(root)}:{name}'] = path
+    # A name on disk need not be UTF-8.
+    names = {path: os.fsencode(os.path.relpath(path, root)).decode(errors='backslashreplace') for path in paths}
+    own = {name.split('/')[0]: '' for name in names.values()}
+    own = {top: os.path.join(os.path.abspath(root), top) for top in own}
+    # Two sources with packages of the same name: all names of the second begin with its folder's, so that none of its
+    # packages is torn apart.
+    label = prefix = ''
+    for i in itertools.count(2):
+      if all(tops.get(prefix + top, path) == path for top, path in own.items()):
+        break
+      label = label or os.path.basename(os.path.abspath(root))
+      prefix = f'{label}:' if i == 2 else f'{label}{i - 1}:'
+    tops |= {prefix + top: path for top, path in own.items()}
+    found |= {prefix + name: path for path, name in names.items()}
   if not found:
     raise UserError(f"{field}={source!r}: expected 'python_stdlib' or paths of text files, separated by commas")
   return dict(sorted(found.items()))
+
+
+def _parts(source):
+  """The parts of a source; ~ is the home folder."""
+  return [os.path.expanduser(part.strip()) for part in source.split(',') if part.strip()]
 
 
 def _expand(part, field):

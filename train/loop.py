@@ -48,12 +48,13 @@ def run(config, workdir):
   Raises:
     UserError: a setting, file or folder that does not fit; nothing was overwritten.
     NotFinite: the run cannot go on; no checkpoint holds what is not finite.
-    Interrupted: SIGINT or SIGTERM, after saving.
+    Interrupted: SIGINT or SIGTERM after the first step, when it was saved.
   """
   with contextlib.ExitStack() as at_end:
     # 1. Folder, text, shapes and placements.
     config, workdir = configs.load(config), workdirs.expand(workdir)
     is_writer = jax.process_index() == 0
+    corpora.check_outside(config.data, workdir)
     stored = workdirs.check(workdir, config)
     if result := workdirs.finished(workdir, stored, config):
       if is_writer:
@@ -148,11 +149,11 @@ def run(config, workdir):
       for _, local, arrays in data.in_order(held_rows, chosen, eval_B, by_rows):
         waiting.append(eval_step(state.params, data.to_global(local, arrays, eval_B, by_rows)))
         if len(waiting) > LATE:
-          totals.update(jax.device_get(waiting.popleft()))
+          totals.update(metrics.as_floats(waiting.popleft()))
         if may_stop and agreed(watch.number)[0]:
           return None
       for sums in waiting:
-        totals.update(jax.device_get(sums))
+        totals.update(metrics.as_floats(sums))
       if not math.isfinite(totals['nll']):
         raise NotFinite(f'step {at}: loss on held-out text is not finite; the last checkpoint is of step {saved_step}')
       values = {'bits_per_byte': metrics.bits_per_byte(totals), 'bytes': int(totals['bytes'])}
@@ -162,7 +163,7 @@ def run(config, workdir):
       return values
 
     # 5. The loop. The host waits only for figures that are LATE steps old, to evaluate and to save.
-    watch = at_end.enter_context(interrupt.Watch())
+    watch = interrupt.Watch()
     at_end.enter_context(jax.set_mesh(mesh))
     window = metrics.Window()
     for step in range(start + 1, config.train.steps + 1):
@@ -177,6 +178,7 @@ def run(config, workdir):
         jax.block_until_ready(sums)
         compile_seconds = time.monotonic() - began
         window.pause(compile_seconds)
+        at_end.enter_context(watch)  # before, there is nothing to save, and a compiler would hold a signal up
       settle(LATE)
       if 0 <= profiled < config.train.profile_steps and (profiled + 1 == config.train.profile_steps or is_last):
         settle(0)

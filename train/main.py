@@ -6,8 +6,9 @@
   --workdir  the folder of the run. The same command again goes on where the run stopped
   --config.train.steps=500, --config.model.layers[0].window=64, ...   change single fields; 0 and '' mean off
 
-Ctrl-C and SIGTERM finish the step, save and end; a second one stops at once. With more than one process, start each
-with --distributed (and on plain machines --coordinator, --processes, --process); they share the workdir.
+Ctrl-C and SIGTERM finish the step, save and end; a second one, or one before the first step, stops at once. With more
+than one process, start each with --distributed (and on plain machines --coordinator, --processes, --process); they
+share the workdir.
 
 Exit status: 0 done; 1 the loss is not finite; 2 a setting, file or folder does not fit; 128 + signal if stopped.
 """
@@ -18,8 +19,13 @@ import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
 import warnings
+
+if __name__ == '__main__':
+  # Until a run watches for it, Ctrl-C ends the process: nothing is lost, and the imports take seconds.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -52,8 +58,6 @@ def main(argv):
     return _fail(error, 1)
   except interrupt.Interrupted as stop:
     return _fail(f'{stop} and saved; the same command continues', 128 + stop.signal)
-  except KeyboardInterrupt:
-    return _fail('stopped before the first step; the same command starts again', 130)
   return 0
 
 

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 
+import jax
 from tqdm import tqdm
 
 from train import workdir as workdirs
@@ -132,6 +133,11 @@ class Window:
     }
     self.start()
     return values
+
+
+def as_floats(sums):
+  """A dictionary of scalars on devices as Python's floats: sums of many in float32 would miscount beyond 2^24."""
+  return {name: float(value) for name, value in jax.device_get(sums).items()}
 
 
 def bits_per_byte(sums):

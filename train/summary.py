@@ -7,7 +7,7 @@ import platform
 import jax
 
 from models import size
-from train import corpus as corpora, metrics
+from train import corpus as corpora, machine, metrics
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -57,13 +57,14 @@ def result(config, corpus, mesh, evaluation, **figures):
     'held_out_bits_per_byte': evaluation['bits_per_byte'],
     'held_out_bytes': evaluation['bytes'],
     'held_out_files': len(corpus.side(corpora.HELD_OUT)),
+    'eval_stride': config.eval.stride,
     'steps': config.train.steps,
     'tokens': config.train.steps * config.data.batch * config.data.seq_len,
     **figures,
     'eval_seconds': evaluation['seconds'],
     'parameters': size.parameters(config.model),
     'corpus_hash': corpus.hash,
-    'device': mesh.devices.flat[0].device_kind,
+    'device': machine.device_name(mesh.devices.flat[0], mesh.size),
     'platform': mesh.devices.flat[0].platform,
     'devices': mesh.size,
     'mesh': dict(mesh.shape),
@@ -88,5 +89,5 @@ def not_finite(step, saved_step, sums, places):
     f'step {step}: loss {sums["nll"] / max(sums["tokens"], 1.0):g}, gradient norm {sums["grad_norm"]:g}; the batch was '
     f'{", ".join(places[:3])}' + (f' and {len(places) - 3} more rows (metrics.jsonl)' if len(places) > 3 else '')
     + (f'. The last checkpoint is of step {saved_step}' if saved_step else '. No checkpoint was written')
-    + '; try a lower optimizer.learning_rate or optimizer.clip_norm'
+    + '; try a lower optimizer.learning_rate or optimizer.clip_norm in a new workdir'
   )

@@ -38,8 +38,8 @@ def check(workdir, config):
     The contents of config.json of the run that is there, or None if the folder is new or empty.
 
   Raises:
-    UserError: not a folder, files that are not a run, a run of another config, whose fields are named, or one that has
-      done more steps.
+    UserError: not a folder, files that are not a run, a run of another config, whose fields are named, one that has
+      done more steps, or a finished one without checkpoints to go on from.
   """
   if not workdir.exists():
     return None
@@ -62,15 +62,18 @@ def check(workdir, config):
   done = max([int(path.name) for path in checkpoints.glob('*') if path.name.isdigit()], default=0)
   if done > config.train.steps:
     raise UserError(f'train.steps={config.train.steps}: expected at least the {done} steps that {workdir} has done')
+  if (workdir / RESULT).exists() and not done and not finished(workdir, stored, config):
+    raise UserError(f'workdir {workdir}: expected a checkpoint of its finished run, found none; nothing was changed')
   return stored
 
 
 def finished(workdir, stored, config):
-  """The contents of result.json if the run that is there has done all steps of `config`, else None."""
+  """The contents of result.json if it is of all steps of `config`, evaluated as it says, else None."""
   if not stored or not (workdir / RESULT).exists():
     return None
   result = read_json(workdir / RESULT)
-  return result if result['steps'] == config.train.steps else None
+  is_same = result['steps'] == config.train.steps and result.get('eval_stride', 0) == config.eval.stride
+  return result if is_same else None
 
 
 def check_corpus(workdir, stored, corpus):

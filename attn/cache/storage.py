@@ -51,13 +51,15 @@ def init(batch, capacity, kv_heads, key_width, value_width=None, dtype=jnp.float
     Slots.
 
   Raises:
-    ValueError: a size below 1.
+    ValueError: a size below 1, or a dtype that is not floating point.
   """
   value_width = key_width if value_width is None else value_width
   names = ('batch', 'capacity', 'kv_heads', 'key_width', 'value_width')
   for name, size in zip(names, (batch, capacity, kv_heads, key_width, value_width)):
     if size < 1:
       raise ValueError(f'{name}={size} must be at least 1')
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f'dtype={jnp.dtype(dtype)} must be floating point: integers would keep nothing after the point')
   return Slots(
     k=jnp.zeros((batch, capacity, kv_heads, key_width), dtype),
     v=jnp.zeros((batch, capacity, kv_heads, value_width), dtype),
@@ -172,7 +174,7 @@ def _without(old, new):
 def check(slots, k, v, positions):
   """The input rules of `append` and `attend`."""
   B, _, K, D = slots.k.shape
-  n = positions.shape[-1]
+  n = k.shape[1] if k.ndim > 1 else 0
   for name, x, want in (
     ('k', k, (B, n, K, D)),
     ('v', v, (B, n, K, slots.v.shape[-1])),

@@ -1,6 +1,7 @@
 """Contracts on batches and states: rows, padding, prefill and decode, refused input."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def _refused(t, inputs, name, what):
   try:
     jax.eval_shape(t.call, inputs)
   except ValueError as error:
-    if name not in str(error):
+    if not re.search(rf'\b{name}\b', str(error)):
       raise Broken(f'{what} is refused without naming {name}: {error}') from error
   except Exception as error:
     raise Broken(f'{what} raises {type(error).__name__} in place of ValueError: {error}') from error

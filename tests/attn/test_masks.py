@@ -28,7 +28,7 @@ POSITIONAL = {
   'chunked': (masks.chunked(3), lambda b, h, i, j: i // 3 == j // 3),
   'chunked one': (masks.chunked(1), lambda b, h, i, j: i == j),
   'prefix': (masks.prefix(3), lambda b, h, i, j: j < 3),
-  'prefix empty': (masks.prefix(0), lambda b, h, i, j: False),
+  'prefix empty': (masks.prefix(0), lambda b, h, i, j: j < 0),
   'prefix per row': (masks.prefix(np.array([4, 1])), lambda b, h, i, j: j < (4, 1)[b]),
   'sink': (masks.sink(2), lambda b, h, i, j: j < 2),
   'dilated': (masks.dilated(3), lambda b, h, i, j: (i - j) % 3 == 0),

@@ -96,14 +96,14 @@ def test_empty_axes(implementation, shape):
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_rows_that_see_nothing_have_zero_gradients(implementation):
-  q, k, v = inputs('B1T6S6H2K1D3V2', np.float32)
-  ones = np.ones((1, 6, 2, 2), np.float32), np.ones((1, 6, 2), np.float32)
-  mask = masks.causal(-3) & ~masks.sink(0)  # queries 0, 1 and 2 see nothing; a whole tile of them with blocks of 3
+  q, k, v = inputs('B1T12S12H2K1D3V2', np.float32)
+  ones = np.ones((1, 12, 2, 2), np.float32), np.ones((1, 12, 2), np.float32)
+  mask = masks.causal(-9) & ~masks.sink(0)  # queries 0 to 8 see nothing: a whole tile, and one row of the next
   got = forward_and_backward(q, k, v, ones, {}, mask, implementation=implementation)
   out, lse, dq, dk, dv = (np.asarray(x) for x in got)
-  assert (out[:, :3] == 0).all() and np.isneginf(lse[:, :3]).all() and (dq[:, :3] == 0).all()
+  assert (out[:, :9] == 0).all() and np.isneginf(lse[:, :9]).all() and (dq[:, :9] == 0).all()
   assert (dk[:, 3:] == 0).all() and (dv[:, 3:] == 0).all()
-  assert np.isfinite(lse[:, 3:]).all() and all(np.isfinite(x).all() for x in (dq, dk, dv))
+  assert np.isfinite(lse[:, 9:]).all() and all(np.isfinite(x).all() for x in (dq, dk, dv))
 
 
 def logits_only(logits, **kwargs):
@@ -145,6 +145,20 @@ def test_extreme_logits_have_finite_gradients(implementation):
   cotangents = np.ones((1, 6, 1, 8), np.float32), np.ones((1, 6, 1), np.float32)
   for x in forward_and_backward(q, k, k, cotangents, {}, implementation=implementation):
     assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_a_large_bias_shared_by_all_queries(implementation):
+  """The last tile is filled up with queries that do not exist, and exp(1e4) of theirs must not be felt."""
+  q, k, v = inputs('B1T5S7H2K1D3V2', np.float32)
+  cotangents = np.ones((1, 5, 2, 2), np.float32), np.ones((1, 5, 2), np.float32)
+  plain = forward_and_backward(q, k, v, cotangents, {}, implementation=implementation)
+  for options in ({'bias': np.full((1, 1, 1, 7), 1e4, np.float32)}, {'logit_bias': np.full((1, 7), 1e4, np.float32)}):
+    got = forward_and_backward(q, k, v, cotangents, options, implementation=implementation)
+    for x, want in zip([got[0], *got[2:]], [plain[0], *plain[2:]]):
+      assert np.isfinite(x).all()
+      np.testing.assert_allclose(x, want, rtol=0.05, atol=0.01)  # a logit of 1e4 has three digits behind the point
+    oracle.assert_close(got[1], np.asarray(plain[1]) + 1e4, 'float32')
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)

@@ -115,6 +115,19 @@ def test_unfinished_run_says_so(finished, tmp_path):
     store_result.record(run, [])
 
 
+def test_finished_run_that_is_taken_up_again_is_not_finished(finished, tmp_path):
+  shutil.copytree(finished, tmp_path / 'run')
+  stored = json.loads((tmp_path / 'run/config.json').read_text())
+  stored['config']['train']['steps'] = 9
+  (tmp_path / 'run/config.json').write_text(json.dumps(stored))
+  assert 'Not finished: 6 of 9 steps' in ''.join(report.headline(runs.read(tmp_path / 'run'), 6))
+
+
+def test_out_in_no_folder_is_a_message(finished, tmp_path, capsys):
+  assert report.main([f'--workdir={finished}', f'--out={tmp_path}/nothing/report.html']) == 2
+  assert f'found no {tmp_path}/nothing' in capsys.readouterr().err
+
+
 def test_no_run_is_a_message(tmp_path, capsys):
   assert report.main([f'--workdir={tmp_path}']) == 2
   assert str(tmp_path) in capsys.readouterr().err

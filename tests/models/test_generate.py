@@ -108,6 +108,12 @@ def test_sampling_follows_the_key_and_top_1_is_greedy():
   np.testing.assert_array_equal(plain(key=key, top_p=1e-6)[0], greedy)
 
 
+def test_the_lowest_temperature_is_greedy():
+  logits = jnp.asarray([[3.0, 9.0, 8.0, 9.5]])
+  for temperature in (1e-3, 1e-38, 1e-45):
+    assert generation.sample(logits, jax.random.key(0), temperature).tolist() == [3]
+
+
 def test_settings_do_not_compile_again():
   prompt = small.tokens(length=6)
   compiled = generation._generate._cache_size

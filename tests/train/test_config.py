@@ -48,6 +48,8 @@ def changed(path, value):
     ('optimizer.b2', 1.0, r'optimizer.b2=1.0'),
     ('optimizer.decay_fraction', 1.5, r'optimizer.decay_fraction=1.5: expected a number from 0 to 1'),
     ('checkpoint.keep', 0, r'checkpoint.keep=0'),
+    ('train.stepz', 3, r'train.stepz: TrainConfig has no such field; it has steps,'),
+    ('model.layer.windw', 3, r'model.layers\[0\].windw: LayerSpec has no such field'),
   ],
 )
 def test_rejects(path, value, words):

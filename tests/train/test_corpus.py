@@ -83,9 +83,31 @@ def test_named_held_out_files(tmp_path):
   (tmp_path / 'other.txt').write_text('another text')
   found = corpus.load(DataConfig(source=str(tmp_path / 'book.txt'), held_out=str(tmp_path / 'other.txt')))
   assert [file.name for file in found.side(corpus.HELD_OUT)] == ['held_out/other.txt']
-  assert corpus.held_out_files(DataConfig(source=str(tmp_path / 'book.txt'), held_out=str(tmp_path / 'other.txt'))) == [
-    ('held_out/other.txt', b'another text')
-  ]
+  assert [file.text for file in found.side(corpus.HELD_OUT)] == [b'another text']
+
+
+def test_packages_of_one_name_in_two_sources_stay_whole(tmp_path):
+  for source in ('a', 'b', 'c/b'):
+    for name in ('same.txt', f'{source[0]}.txt'):
+      path = tmp_path / source / 'core' / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(f'{source} {name}')
+  found = corpus.find(','.join(str(tmp_path / source) for source in ('a', 'b', 'c/b', 'b')), 'data.source')
+  packages = {name.split('/')[0]: set() for name in found}
+  for name, path in found.items():
+    packages[name.split('/')[0]].add(os.path.dirname(path))
+  assert packages == {
+    'core': {f'{tmp_path}/a/core'}, 'b:core': {f'{tmp_path}/b/core'}, 'b2:core': {f'{tmp_path}/c/b/core'},
+  }  # fmt: skip
+  assert len(found) == 6
+
+
+def test_a_file_name_need_not_be_text(tmp_path):
+  tiny.write_corpus(tmp_path / 'text')
+  with open(os.fsencode(tmp_path / 'text') + b'/na\xffme.txt', 'w') as file:
+    file.write('its content is')
+  names = [file.name for file in corpus.load(DataConfig(source=str(tmp_path / 'text'))).files]
+  assert 'na\\xffme.txt' in names
 
 
 def make_bad(folder, kind):

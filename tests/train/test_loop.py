@@ -1,7 +1,9 @@
 """train.loop: a whole run, stopping and going on, and what it refuses."""
 
+import copy
 import json
 import math
+import shutil
 import signal
 
 import jax
@@ -69,6 +71,21 @@ def test_finished_run_computes_nothing_again(whole, monkeypatch, capsys):
   assert loop.run(config, workdir) == result
   assert 'finished' in capsys.readouterr().out
   assert (workdir / 'metrics.jsonl').read_text() == before
+
+
+def test_another_stride_evaluates_a_finished_run_again(whole, tmp_path):
+  workdir, config, result = whole
+  shutil.copytree(workdir, tmp_path / 'run')
+  changed = copy.deepcopy(config)
+  changed.eval.stride = 4
+  again = loop.run(changed, tmp_path / 'run')
+  assert again['held_out_bytes'] == result['held_out_bytes']
+  assert again['held_out_bits_per_byte'] != result['held_out_bits_per_byte']  # bytes have more before them
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+  before = (tmp_path / 'run' / 'metrics.jsonl').read_text()
+  with pytest.raises(UserError, match='expected a checkpoint of its finished run, found none'):
+    loop.run(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'metrics.jsonl').read_text() == before
 
 
 def test_load_model(whole):
@@ -190,6 +207,24 @@ def test_a_changed_corpus_is_refused(tmp_path):
   config.train.steps = 2
   with pytest.raises(UserError, match=r'text has changed.*: p1/f0.txt, p1/new.txt\. Going on'):
     loop.run(config, tmp_path / 'run')
+
+
+def test_a_workdir_inside_its_text_is_refused(tmp_path):
+  source = tiny.write_corpus(tmp_path / 'text')
+  with pytest.raises(UserError, match=r'runs: expected a folder outside of the text data.source='):
+    loop.run(tiny.config(source), tmp_path / 'text' / 'p0' / 'runs')
+  assert not (tmp_path / 'text' / 'p0' / 'runs').exists()
+
+
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+  workdir, config, _ = whole
+  shutil.copytree(workdir, tmp_path / 'run')
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '12' / 'params')
+  more = copy.deepcopy(config)
+  more.train.steps = 13
+  for read in (lambda: checkpoint.load_model(tmp_path / 'run'), lambda: loop.run(more, tmp_path / 'run')):
+    with pytest.raises(UserError, match=r'checkpoints/12: expected a whole checkpoint'):
+      read()
 
 
 def test_a_workdir_is_used_by_one_process(tmp_path):

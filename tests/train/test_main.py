@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
@@ -116,3 +118,15 @@ def test_program_ends_with_one_line(config_file, args, words):
   assert ended.stderr.startswith('train: ')
   assert words in ended.stderr
   assert ended.stderr.count('\n') == 1
+
+
+def test_ctrl_c_before_the_first_step_is_quiet(config_file, tmp_path):
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  command = [sys.executable, '-m', 'train.main', f'--config={config_file}', f'--workdir={tmp_path}/run']
+  with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+    while process.poll() is None and not (tmp_path / 'run' / 'config.json').exists():
+      time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGINT
+  assert error == ''
