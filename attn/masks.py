@@ -7,8 +7,8 @@ full or partial?), so that work which a mask hides is skipped and never computed
     mask = causal() & (window(1024) | sink(4))   # mind the brackets: & binds tighter than |
 
 Predicates see *positions*: the place of a token in its text. They default to the index in the array; with a cache they
-are what the cache says. `document` and `array` are read by index, since they come as arrays. Masks are pytrees: sizes
-are static, arrays are leaves, so a mask passes through `jax.jit` and `jax.vmap` as any argument does.
+are what the cache says. `document` and `array` are read by index, since they come as arrays. Masks are pytrees:
+numbers are static, arrays are leaves, so a mask passes through `jax.jit` and `jax.vmap` as any argument does.
 """
 
 import dataclasses
@@ -118,13 +118,14 @@ class Everything(Mask):
 
 @_register
 class Causal(Mask):
-  offset: Any
+  fixed: int | None = _static()  # the offset as a number, or
+  offset: Any  # as an array
 
   def tile(self, q, k, batch, heads):
-    return _column(k) <= _row(q) + _per_batch(self.offset)
+    return _column(k) <= _row(q) + _either(self.fixed, self.offset)
 
   def boxes(self, q_low, q_high, k_low, k_high):
-    known = _range(self.offset)
+    known = _range(self.fixed, self.offset)
     if known is None:
       return super().boxes(q_low, q_high, k_low, k_high)
     return _verdict(k_low > q_high + known[1], k_high <= q_low + known[0])
@@ -165,13 +166,14 @@ class Chunked(Mask):
 
 @_register
 class Prefix(Mask):
-  length: Any
+  fixed: int | None = _static()  # the length as a number, or
+  length: Any  # as an array
 
   def tile(self, q, k, batch, heads):
-    return _column(k) < _per_batch(self.length)
+    return _column(k) < _either(self.fixed, self.length)
 
   def boxes(self, q_low, q_high, k_low, k_high):
-    known = _range(self.length)
+    known = _range(self.fixed, self.length)
     if known is None:
       return super().boxes(q_low, q_high, k_low, k_high)
     verdict = _verdict(k_low >= known[1], k_high < known[0])
@@ -260,7 +262,7 @@ def causal(offset=0) -> Mask:
     offset: an integer, or an int array [] or [B]: how many positions the queries stand further on than their own
       say. With T queries at the end of S keys and default positions, `causal(S - T)` aligns them bottom-right.
   """
-  return Causal(_integers('offset', offset))
+  return Causal(*_integers('offset', offset))
 
 
 def window(left: int | None, right: int | None = 0) -> Mask:
@@ -281,12 +283,12 @@ def chunked(size: int) -> Mask:
 
 def prefix(length) -> Mask:
   """Keys of the prefix: key < length, an integer or an int array [B]. A prefix LM is `causal() | prefix(n)`."""
-  return Prefix(_integers('length', length))
+  return Prefix(*_integers('length', length))
 
 
 def sink(n: int) -> Mask:
   """The first n keys, whatever the query: key < n."""
-  return Prefix(_size('n', n, 0))
+  return Prefix(_size('n', n, 0), None)
 
 
 def dilated(step: int) -> Mask:
@@ -374,7 +376,7 @@ def check(mask: Mask, B: int, H: int, T: int, S: int) -> None:
           raise ValueError(f'document {name} have shape {ids.shape}, expected [{n}] or [{B}, {n}]')
     elif isinstance(part, Causal | Prefix):
       name, x = ('offset', part.offset) if isinstance(part, Causal) else ('length', part.length)
-      if np.ndim(x) and np.shape(x)[0] not in (1, B):
+      if x is not None and np.ndim(x) and np.shape(x)[0] not in (1, B):
         raise ValueError(f'{name} has shape {np.shape(x)}, expected [] or [{B}]')
 
 
@@ -396,8 +398,14 @@ def _per_batch(x):
   return x if np.ndim(x) == 0 else x[:, None, None, None]
 
 
-def _range(x):
-  """Smallest and largest value of x, or None where they are known only at run time."""
+def _either(fixed, x):
+  return _per_batch(x) if fixed is None else fixed
+
+
+def _range(fixed, x):
+  """Smallest and largest value of a setting, or None where they are known only at run time."""
+  if fixed is not None:
+    return fixed, fixed
   if isinstance(x, jax.core.Tracer) or np.size(x) == 0:
     return None
   return int(np.min(x)), int(np.max(x))
@@ -424,12 +432,13 @@ def _size(name, value, minimum):
 
 
 def _integers(name, value):
+  """(integer, None) or (None, int array [] or [B])."""
   if isinstance(value, int | np.integer) and not isinstance(value, bool):
-    return int(value)
+    return int(value), None
   value = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
   if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim > 1:
     raise ValueError(f'{name} has dtype {value.dtype} and shape {value.shape}, expected an integer or an int array [B]')
-  return value
+  return None, value
 
 
 def _ids(name, ids):

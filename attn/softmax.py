@@ -46,8 +46,14 @@ class Call:
   precision: Any = dataclasses.field(metadata={'static': True})
 
   @property
+  def product_dtype(self):
+    """What probabilities are rounded to before they meet values."""
+    return jnp.result_type(self.q, self.k, self.v)
+
+  @property
   def accumulator(self):
-    return jnp.promote_types(self.q.dtype, jnp.float32)
+    """Of scores, statistics and sums."""
+    return jnp.promote_types(self.product_dtype, jnp.float32)
 
 
 def attend(
@@ -105,7 +111,7 @@ def attend(
     precision: of every matrix product, as in jax.lax.dot_general.
     implementation: 'reference', 'xla', or None to choose: plain for few queries (decoding), else tiled.
     return_residual: also return the log-sum-exp.
-    blocks: tile sizes of 'xla'.
+    blocks: Blocks, the tile sizes of 'xla'; None means the fastest known.
 
   Returns:
     [B, T, H, V] in q.dtype; logits and sums are at least float32. With return_residual also the log-sum-exp
@@ -113,7 +119,8 @@ def attend(
 
   Raises:
     ValueError: shapes, dtypes or options that do not fit, by name.
-    NotImplementedError: forward mode or second order through 'xla'; 'reference' has both.
+    NotImplementedError: second order or forward mode through 'xla'; 'reference' has both. (Forward mode of a function
+      that was jitted or linearized before is refused by JAX itself, with a TypeError.)
 
   Source: arXiv:1706.03762 section 3.2.1; grouped heads arXiv:2305.13245; tiles arXiv:2205.14135, arXiv:2307.08691;
   soft cap arXiv:2408.00118; sinks arXiv:2508.10925.
@@ -122,8 +129,10 @@ def attend(
     q, k, v, mask, bias, logit_bias, sinks, scale, soft_cap, is_causal, segment_ids, kv_segment_ids,
     query_seq_lengths, key_value_seq_lengths, positions, kv_positions, dropout_rate, dropout_key, precision,
   )  # fmt: skip
+  if blocks is not None:
+    check_blocks(blocks)
   if implementation is None:
-    # With few queries the scores are no larger than the keys, and one product beats a loop.
+    # With few queries the scores are about as large as the keys, and one product beats a loop.
     implementation = 'reference' if call.q.shape[1] <= 16 else 'xla'
   if implementation == 'xla':
     from attn import tiled
@@ -155,23 +164,23 @@ def merge(parts):
 
   Source: arXiv:2205.14135 section 3.1; arXiv:2307.08691.
   """
-  parts = list(parts)
+  parts = [(jnp.asarray(out), jnp.asarray(lse)) for out, lse in parts]
   if not parts:
     raise ValueError('parts is empty, expected at least one (out, lse)')
   for out, lse in parts:
     if out.shape[:-1] != lse.shape or out.shape != parts[0][0].shape:
       raise ValueError(f'parts differ: out {out.shape}, lse {lse.shape}, expected {parts[0][0].shape} and all but V')
-  acc = jnp.promote_types(parts[0][1].dtype, jnp.float32)
+  acc = jnp.promote_types(jnp.result_type(*(lse for _, lse in parts)), jnp.float32)
   lses = [lse.astype(acc) for _, lse in parts]
   top = jax.lax.stop_gradient(jnp.max(jnp.stack(lses), axis=0))
   top = jnp.where(jnp.isneginf(top), 0, top)
   weights = [jnp.exp(lse - top) for lse in lses]
   total = jnp.sum(jnp.stack(weights), axis=0)
-  some = total > 0
+  some = total != 0  # NaN counts as something, so that it is seen
   safe = jnp.where(some, total, 1)
   out = jnp.zeros(parts[0][0].shape, acc)
   for w, (o, _) in zip(weights, parts):
-    out += jnp.where((w > 0)[..., None], o.astype(acc), 0) * (w / safe)[..., None]
+    out += jnp.where((w != 0)[..., None], o.astype(acc), 0) * (w / safe)[..., None]
   return out.astype(parts[0][0].dtype), jnp.where(some, top + jnp.log(safe), -jnp.inf)
 
 
@@ -186,8 +195,14 @@ def add_sinks(out, lse, sinks):
   Returns:
     (out, lse), scaled and with the sink counted.
 
+  Raises:
+    ValueError: sinks are not [H] of floating point.
+
   Source: arXiv:2508.10925 section 2 (gpt-oss).
   """
+  out, lse, sinks = jnp.asarray(out), jnp.asarray(lse), _floating('sinks', sinks)
+  if sinks.shape != lse.shape[-1:]:
+    raise ValueError(f'sinks have shape {sinks.shape}, expected [{lse.shape[-1]}], one per query head')
   sink = jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
   return merge([(out, lse), (jnp.zeros_like(out), sink)])
 
@@ -236,8 +251,8 @@ def _checked(
     raise ValueError(f'soft_cap={soft_cap} must be positive, or None for no cap')
   if not 0 <= _number('dropout_rate', dropout_rate) < 1:
     raise ValueError(f'dropout_rate={dropout_rate} must be in [0, 1)')
-  if dropout_rate and dropout_key is None:
-    raise ValueError(f'dropout_rate={dropout_rate} needs a dropout_key, got None')
+  if dropout_rate and not _is_key(dropout_key):
+    raise ValueError(f'dropout_rate={dropout_rate} needs a dropout_key of jax.random.key, got {dropout_key!r}')
   if bias is not None:
     bias = _floating('bias', bias)
     if bias.ndim > 4 or any(n not in (1, want) for n, want in zip(bias.shape[::-1], (S, T, H, B))):
@@ -297,6 +312,12 @@ def _whole_mask(mask, is_causal, segment_ids, kv_segment_ids, lengths, positions
   return whole
 
 
+def check_blocks(blocks):
+  """ValueError unless `blocks` is a Blocks of positive integers."""
+  if not isinstance(blocks, Blocks) or any(not isinstance(n, int) or n < 1 for n in (blocks.q, blocks.kv)):
+    raise ValueError(f'blocks={blocks!r} must be softmax.Blocks of integers, each at least 1')
+
+
 def check_qkv(q, k, v):
   """ValueError unless q [B, T, H, D], k [B, S, K, D] and v [B, S, K, V] are floating and K divides H."""
   for name, x in (('q', q), ('k', k), ('v', v)):
@@ -309,8 +330,8 @@ def check_qkv(q, k, v):
   H, K, D = q.shape[2], k.shape[2], q.shape[3]
   if K == 0 or H == 0 or H % K:
     raise ValueError(f'K={K} key heads must divide H={H} query heads')
-  if D == 0:
-    raise ValueError(f'q has shape {q.shape}: the key width D must be at least 1')
+  if D == 0 or v.shape[3] == 0:
+    raise ValueError(f'q {q.shape} and v {v.shape}: expected a key width D and a value width V of at least 1')
 
 
 def _emptied(x, lengths, positions):
@@ -327,6 +348,12 @@ def _number(name, x):
   if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
     raise ValueError(f'{name}={x!r} is not a finite Python number')
   return float(x)
+
+
+def _is_key(x):
+  """A random key, of the new kind or of the old (uint32 words)."""
+  dtype = getattr(x, 'dtype', None)
+  return dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and x.ndim == 1))
 
 
 def _floating(name, x):

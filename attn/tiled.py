@@ -37,16 +37,25 @@ class _Plan:
 
 def attend(call, blocks=None):
   """`softmax.attend` for a checked Call: (out [B, T, H, V], lse [B, T, H]). Memory O(T + S), work by the mask."""
-  if blocks is not None and not (blocks.q >= 1 and blocks.kv >= 1):
-    raise ValueError(f'blocks={blocks} must be at least 1')
+  (B, T, H, _), (S, V) = call.q.shape, call.v.shape[1::2]
+  if 0 in (B, T, S):  # nothing to see, or nobody to see it
+    return jnp.zeros((B, T, H, V), call.q.dtype), jnp.full((B, T, H), -jnp.inf, call.accumulator)
   plan = _planned(call, blocks.q, blocks.kv) if blocks else _best_plan(call)
   try:
-    out, lse = _attend(plan, call)
+    out, lse = _attend(plan, _varying(call))
   except TypeError as error:
     if 'forward-mode' not in str(error):
       raise
     raise NotImplementedError(_FIRST_ORDER) from error
   return out, lse
+
+
+def _varying(call):
+  """The call with every array varying over the mesh axes over which any does: loops in jax.shard_map ask for it."""
+  of = lambda x: frozenset(jax.typeof(x).manual_axis_type.varying)
+  axes = frozenset().union(*(of(x) for x in jax.tree.leaves(call)))
+  spread = lambda x: jax.lax.pcast(x, tuple(axes - of(x)), to='varying') if axes - of(x) else x
+  return jax.tree.map(spread, call) if axes else call
 
 
 _FIRST_ORDER = "implementation='xla' has first-order reverse mode only, use implementation='reference'"
@@ -205,9 +214,7 @@ class _Tiles:
     """Runs step(i, j, is_masked, carry) -> carry over the tiles of the plan."""
     for tiles, is_masked in self.plan.tiles():
       tiles = jnp.asarray(tiles)
-      carry = jax.lax.fori_loop(
-        0, len(tiles), lambda n, c, t=tiles, m=is_masked: step(t[n, 0], t[n, 1], m, c), carry
-      )
+      carry = jax.lax.fori_loop(0, len(tiles), lambda n, c, t=tiles, m=is_masked: step(t[n, 0], t[n, 1], m, c), carry)
     return carry
 
 
@@ -227,11 +234,18 @@ def _forward(plan, call):
     if call.dropout_rate:
       p *= x.keep(i, j)
     v = x.kv_rows(x.v, j)
-    pv = jnp.einsum('bkps,bksv->bkpv', p.astype(v.dtype), v, precision=call.precision, preferred_element_type=acc)
+    p = p.astype(call.product_dtype)
+    pv = jnp.einsum('bkps,bksv->bkpv', p, v, precision=call.precision, preferred_element_type=acc)
     o_new = shrink[..., None] * o_old + pv
     return tuple(_put(y, x.ungrouped(new), i, plan.bq, 3) for y, new in ((m, m_new), (l, l_new), (o, o_new)))
 
-  start = jnp.full((B, K, G, Tp), -jnp.inf, acc), jnp.zeros((B, K, G, Tp), acc), jnp.zeros((B, K, G, Tp, V), acc)
+  # Made from q, so that they are placed as q is in a mesh with explicit axes and vary as it does in jax.shard_map.
+  row = x.q[..., 0]
+  start = (
+    jnp.full_like(row, -jnp.inf, acc),
+    jnp.zeros_like(row, acc),
+    jnp.broadcast_to(jnp.zeros_like(row, acc)[..., None], (B, K, G, Tp, V)),
+  )
   m, l, o = x.sweep(step, start)
   some = l != 0  # NaN counts as something, so that it is seen
   safe = jnp.where(some, l, 1)
@@ -245,8 +259,9 @@ def _backward(plan, call, out, lse, d_out, d_lse):
   dp = d_out v', ds = p * (dp - rowsum(d_out * out) + d_lse), dq = scale ds k, dk = scale ds' q, dv = p' d_out.
   """
   x, acc, K = _Tiles.of(plan, call), call.accumulator, call.k.shape[2]
+  none = jnp.isneginf(lse)  # what a row that sees nothing is asked for may be NaN, and must not meet the keys
+  d_out, d_lse, safe = jnp.where(none[..., None], 0, d_out), jnp.where(none, 0, d_lse), jnp.where(none, 0, lse)
   delta = jnp.sum(d_out.astype(acc) * out.astype(acc), -1) - d_lse
-  safe = jnp.where(jnp.isneginf(lse), 0, lse)
   rows = [_grouped(_padded(y, 1, plan.bq), K) for y in (d_out, delta, safe)]
   dot = functools.partial(jnp.einsum, precision=call.precision, preferred_element_type=acc)
 
@@ -263,16 +278,16 @@ def _backward(plan, call, out, lse, d_out, d_lse):
     ds = p * (dp - delta[..., None])
     d_logits = ds
     ds = (ds if slope is None else ds * slope) * call.scale
-    ds = ds.astype(q.dtype)
+    ds, kept = ds.astype(call.product_dtype), kept.astype(call.product_dtype)
     return grads | {
       'q': _add(grads['q'], x.ungrouped(dot('bkps,bksd->bkpd', ds, k)), i, plan.bq, 3),
       'k': _add(grads['k'], dot('bkps,bkpd->bksd', ds, q), j, plan.bk, 2),
-      'v': _add(grads['v'], dot('bkps,bkpv->bksv', kept.astype(do.dtype), do), j, plan.bk, 2),
+      'v': _add(grads['v'], dot('bkps,bkpv->bksv', kept, do), j, plan.bk, 2),
       **_bias_grads(x, grads, d_logits, i, j),
     }
 
   named = {'q': x.q, 'k': x.k, 'v': x.v, 'bias': x.bias, 'logit_bias': x.logit_bias}
-  zeros = {name: jnp.zeros(y.shape, acc) for name, y in named.items() if y is not None}
+  zeros = {name: jnp.zeros_like(y, acc) for name, y in named.items() if y is not None}
   grads = x.sweep(step, zeros)
   grads['q'] = _flat(grads['q'], call.q)
   for name in ('k', 'v'):

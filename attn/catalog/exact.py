@@ -13,7 +13,7 @@ from attn.masks import causal, chunked, dilated, prefix, window
 
 FORMS = {
   'reference': {'implementation': 'reference'},
-  'xla': {'implementation': 'xla', 'blocks': softmax.Blocks(q=7, kv=4)},
+  'xla': {'implementation': 'xla', 'blocks': softmax.Blocks(q=8, kv=4)},
 }
 QKV = {'q': Input('BTHD'), 'k': Input('BSKD'), 'v': Input('BSKV')}
 
@@ -161,15 +161,15 @@ METHODS = (
     reach=(None, 0),
     forms={
       'one tile': {'blocks': softmax.Blocks(q=12, kv=12)},
-      'tiles of 7 x 5': {'blocks': softmax.Blocks(q=7, kv=5)},
+      'tiles of 8 x 5': {'blocks': softmax.Blocks(q=8, kv=5)},
     },
-    limits={'tiles of any size: causal attention': Limit('causal', settings={'blocks': softmax.Blocks(q=4, kv=6)})},
+    limits={'tiles of any size: causal attention': Limit('causal', settings={'blocks': softmax.Blocks(q=8, kv=6)})},
   ),
   _record(
     'split_kv',
     'Split-KV attention',
-    'arXiv:2307.08691',
-    'Dao 2023',
+    'https://pytorch.org/blog/flash-decoding/',
+    'Dao et al. 2023 (Flash-Decoding)',
     idea='The keys in runs, attention to each, and one exact merge: parallel even for a single query.',
     formula='out = sum_n exp(lse_n - lse) out_n,   lse = ln sum_n exp(lse_n),   n over runs of keys',
     cost='O(T S (D + V)) time, `splits` runs at once; the merge O(splits T V)',
@@ -224,8 +224,8 @@ METHODS = (
   _record(
     'dilated_window',
     'Dilated sliding-window attention',
-    'arXiv:1904.10509',
-    'Child et al. 2019 (Sparse Transformer)',
+    'arXiv:2004.05150',
+    'Beltagy et al. 2020 (Longformer)',
     idea='A window with gaps: every d-th of the last tokens, as far back as w d.',
     formula='out[t] = sum_s softmax_s(q[t] . k[s] / sqrt(D)) v[s],   0 <= t - s < w d,  d divides t - s',
     cost='O(T w (D + V)) scores count; O(T w d (D + V)) time with tiles',

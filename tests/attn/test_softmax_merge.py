@@ -199,3 +199,10 @@ def test_rejects(parts, words):
 def test_rejects_sinks_that_do_not_fit(sinks):
   with pytest.raises(ValueError, match='sinks'):
     softmax.add_sinks(*part(1, 2, 3, 4), sinks)
+
+
+def test_nan_is_seen_through_merge_and_sinks():
+  out, lse = np.ones((1, 2, 1, 3), np.float32), np.zeros((1, 2, 1), np.float32)
+  broken = out * np.nan, lse * np.nan
+  for got in (softmax.merge([broken, (out, lse)]), softmax.add_sinks(*broken, np.zeros(1, np.float32))):
+    assert np.isnan(got[0]).all() and np.isnan(got[1]).all()

@@ -193,3 +193,22 @@ def test_narrow_types(implementation, dtype):
   for name, a, b in zip(['out', 'dq', 'dk', 'dv'], [got[0], *got[2:]], [out, *grads.values()]):
     assert a.dtype == dtype
     oracle.assert_close(a, b, dtype, name)
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_a_cotangent_of_nan_at_padding_stays_there(implementation):
+  # A z-loss over the real rows pulls with 0 * -inf = NaN on the log-sum-exp of padding.
+  q, k, v = inputs('B2T9S9H2K2D4V4', np.float32)
+  lengths = np.array([9, 4])
+  is_text = np.arange(9)[None, :, None] < lengths[:, None, None]
+
+  def z_loss(q, k, v):
+    _, lse = softmax.attend(
+      q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation,
+      return_residual=True,
+    )  # fmt: skip
+    return jnp.where(is_text, lse**2, 0).sum()
+
+  dq, dk, _ = jax.jit(jax.grad(z_loss, argnums=(0, 1, 2)))(q, k, v)
+  assert np.isfinite(dq).all() and np.isfinite(dk).all() and np.abs(dk).max() > 0.01
+  assert not dq[1, 4:].any() and not dk[1, 4:].any()
