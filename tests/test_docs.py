@@ -20,8 +20,9 @@ from experiments import readme
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 TINY_RUN = [
-  '--config.model.width=32', '--config.model.depth=2', '--config.data.batch=8', '--config.data.seq_len=64',
-  '--config.optimizer.warmup_steps=0', '--config.eval.bytes=256', '--config.log.tensorboard=false',
+  '--config.model.width=32', '--config.model.heads=2', '--config.model.depth=2', '--config.data.batch=8',
+  '--config.data.seq_len=64', '--config.optimizer.warmup_steps=0', '--config.eval.bytes=256',
+  '--config.eval.stride=0', '--config.log.tensorboard=false',
 ]  # fmt: skip
 LONGEST = 300  # seconds for a command on a busy machine; they take some 10
 
