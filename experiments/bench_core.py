@@ -283,6 +283,14 @@ def say(text):
   print(text, flush=True)
 
 
+def write(stored, path):
+  """Writes the JSON file."""
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  with open(path, 'w', encoding='utf-8') as file:
+    json.dump(stored, file, indent=1)
+    file.write('\n')
+
+
 PARTS = {'attention': attention, 'loop': loop, 'step': step, 'import': imports}
 
 
@@ -301,10 +309,7 @@ def main(argv=None):
     figures = PARTS[name](TINY if arguments.tiny else Sizes())
     if figures is not None:
       stored[name] = {**machine.facts(), 'is_tiny': arguments.tiny, **figures}
-  os.makedirs(os.path.dirname(os.path.abspath(arguments.out)), exist_ok=True)
-  with open(arguments.out, 'w', encoding='utf-8') as file:
-    json.dump(stored, file, indent=1)
-    file.write('\n')
+      write(stored, arguments.out)  # after each part: a failure in the next must not lose minutes
   say(f'wrote {arguments.out}')
   return 0
 

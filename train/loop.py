@@ -162,6 +162,10 @@ def run(config, workdir):
       progress.say(f'step {at:,}: {values["bits_per_byte"]:.3f} bits per byte on {values["bytes"]:,} held-out bytes')
       return values
 
+    if config.train.profile_steps and start + PROFILE_FROM >= config.train.steps:
+      left = config.train.steps - start
+      progress.say(f'no profile: it would begin {PROFILE_FROM} steps after the start, and {left} are left')
+
     # 5. The loop. The host waits only for figures that are LATE steps old, to evaluate and to save.
     watch = interrupt.Watch()
     at_end.enter_context(jax.set_mesh(mesh))
