@@ -52,7 +52,7 @@ def figures(root=ROOT):
 
 
 def _attention(part):
-  label = lambda row: f"attention, T = {row['T']}, {row['pass']}, time over jax.nn's"
+  label = lambda row: f"attention, B = {row['B']}, T = {row['T']}, {row['pass']}, time over jax.nn's"
   rows = [(label(row), f'{row["ratio"]:.2f}', f'{row["at_most"]}') for row in part['times']]
   for row in part['memory']:
     what = f'attention, {row["pass"]}, temporary memory at T = {row["T"][-1]:,} (jax.nn)'

@@ -26,8 +26,8 @@ def test_every_part_says_where_and_when(stored):
 
 def test_attention_gives_the_same_result(stored):
   attention = stored[1]['attention']
-  assert {(row['T'], row['pass']) for row in attention['times']} == {
-    (T, name) for T in bench_core.TINY.lengths for name in ('forward', 'forward+backward')
+  assert {(row['B'], row['T'], row['pass']) for row in attention['times']} == {
+    (*shape, name) for shape in bench_core.TINY.shapes for name in ('forward', 'forward+backward')
   }
   assert all(row['relative_difference'] < 1e-5 and row['ratio'] > 0 for row in attention['times'])
   assert all(len(row['first_bytes']) == len(row['T']) for row in attention['memory'])
@@ -55,7 +55,7 @@ def test_step_of_jax_learns():
 
 def test_figures_of_the_readme_are_made_from_it(stored):
   text = readme.figures(stored[0])
-  assert "attention, T = 16, forward, time over jax.nn's" in text
+  assert "attention, B = 1, T = 16, forward, time over jax.nn's" in text
   assert '`import attn`' in text and 'Measured: `make bench` on ' in text
 
 
