@@ -112,7 +112,13 @@ def rollback(slots, length):
   Returns:
     Slots. What a ring has overwritten does not come back: it serves n tokens of rollback if its capacity exceeds the
     look-back of the mask by n.
+
+  Raises:
+    ValueError: length is not [B] integers.
   """
+  length = jnp.asarray(length)
+  if length.shape != slots.positions.shape[:1] or not jnp.issubdtype(length.dtype, jnp.integer):
+    raise ValueError(f'length has shape {length.shape} and dtype {length.dtype}, expected [B] integers')
   positions = jnp.where(slots.positions < length[:, None], slots.positions, -1)
   return dataclasses.replace(slots, positions=positions)
 

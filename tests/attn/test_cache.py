@@ -173,3 +173,10 @@ def test_stored_dtype_is_kept():
 def test_rejects(call, words):
   with pytest.raises(ValueError, match=words):
     call(storage.init(1, 4, K, D, V))
+
+
+@pytest.mark.parametrize('length', [3, np.array([1, 2, 3]), np.array([1.0, 2.0])])
+def test_rollback_rejects_lengths(length):
+  slots = storage.init(2, 4, 1, 2)
+  with pytest.raises(ValueError, match='length has shape'):
+    storage.rollback(slots, length)
