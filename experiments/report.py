@@ -142,6 +142,7 @@ def longer_section(run, longer, path):
     f'{longer.get("date", "?")}. {verdict(bits, longer["compressors"])} '
     + ('The text is the same. ' if is_same else
        f'Its text is of another version ({longer["corpus"]["hash"][:12]}), with compressors measured on that. ')
+    + (f'Remark: {longer["remark"]}. ' if longer.get('remark') else '')
     + (f'Command: {longer["command"]}' if longer.get('command') else '')
   )
   own = [(line['tokens_so_far'], line['bits_per_byte']) for line in run.held_out]

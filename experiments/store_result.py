@@ -2,10 +2,11 @@
 
   python -m experiments.store_result --workdir=runs/quickstart_long --out=experiments/results/quickstart_long.json
 
-The file holds: `command`, `config`, `parameters`, `steps`, `tokens`, `seconds`, `tokens_per_second`, `mfu`; `held_out`
-(bits_per_byte, bytes); `compressors` (bits per byte of the same files); `curve` (`train` and `held_out`, points of
-[step, tokens trained on, bits per byte], at most 200 each); `corpus` (hash, files and bytes of both sides); and, as
-result.json of the run says, device, date and versions.
+The file holds: `command`, `remark`, `config`, `parameters`, `steps`, `tokens`, `seconds`, `tokens_per_second`, `mfu`;
+`held_out` (bits_per_byte, bytes); `compressors` (bits per byte of the same files); `curve` (`train` and `held_out`,
+points of [step, tokens trained on, bits per byte], at most 200 each); `corpus` (hash, files and bytes of both sides);
+device, date and versions, as result.json of the run says; and `stored_at_commit`, the revision of the checkout that
+wrote the file. A run may have been computed by an earlier one: `remark` is the place to say so.
 """
 
 import argparse
@@ -20,13 +21,14 @@ from train.config import UserError
 MOST_POINTS = 200
 
 
-def record(run, files, *, command=''):
+def record(run, files, *, command='', remark=''):
   """What the file holds, as a dictionary.
 
   Args:
     run: experiments.runs.Run, finished.
     files: [(name, bytes)], its held-out files.
     command: that trained it.
+    remark: what a reader of the figures has to know; README and reports show it.
 
   Raises:
     UserError: the run is not finished.
@@ -35,10 +37,11 @@ def record(run, files, *, command=''):
     raise UserError(f'workdir {run.workdir}: expected a finished run, found one at step {run.steps}')
   return {
     'command': command,
+    'remark': remark,
     'device': run.device,
     'date': run.date,
     'versions': run.result['versions'],
-    'commit': machine.commit(),
+    'stored_at_commit': machine.commit(),
     'parameters': run.parameters,
     'steps': run.steps,
     'tokens': run.train[-1]['tokens_so_far'],
@@ -67,10 +70,11 @@ def main(argv=None):
   parser.add_argument('--workdir', required=True, help='folder of the run')
   parser.add_argument('--out', required=True, help='JSON file to write')
   parser.add_argument('--command', default='', help='the command that trained it, for the record')
+  parser.add_argument('--remark', default='', help='what a reader of the figures has to know, shown beside them')
   arguments = parser.parse_args(argv)
   try:
     run = runs.read(arguments.workdir)
-    values = record(run, runs.held_out_files(run), command=arguments.command)
+    values = record(run, runs.held_out_files(run), command=arguments.command, remark=arguments.remark)
   except UserError as error:
     print(f'store_result: {error}', file=sys.stderr)
     return 2

@@ -33,7 +33,8 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope='module')
 def longer(finished, tmp_path_factory):
   path = tmp_path_factory.mktemp('longer') / 'long.json'
-  assert store_result.main([f'--workdir={finished}', f'--out={path}', '--command=python -m train.main ...']) == 0
+  said = ['--command=python -m train.main ...', '--remark=on a shared machine']
+  assert store_result.main([f'--workdir={finished}', f'--out={path}', *said]) == 0
   return path
 
 
@@ -50,6 +51,10 @@ def test_stands_alone(built):
   assert all(value.startswith(('#', 'data:image/png;base64,')) for value in page.loaded)
   assert not {'script', 'link', 'iframe', 'object', 'img'} & set(page.tags)
   assert 'url(http' not in built and '@import' not in built
+
+
+def test_shows_the_remark_on_the_longer_run(built):
+  assert 'Remark: on a shared machine.' in Page(built).text
 
 
 def test_shows_all_sections(built):
