@@ -60,7 +60,7 @@ def dot_product_attention(
   q, k, v = (x[None] if x.ndim == 3 else x for x in arrays.values())
   if local_window_size is not None:
     near = _window(local_window_size)
-    mask = near if mask is None else near & (mask if isinstance(mask, masks.Mask) else masks.array(mask))
+    mask = near if mask is None else near & (mask if isinstance(mask, masks.Mask) else masks.array(jnp.asarray(mask)))
   out, lse = softmax.attend(
     q,
     k,

@@ -21,8 +21,8 @@ def keep_factor(seed, rate: float, batch: int, heads: int, length: int, rows, co
     batch: B.
     heads: H.
     length: T, the number of queries of the whole call.
-    rows: int [t] query indices of the tile.
-    columns: int [s] key indices of the tile.
+    rows: int [1 or B, 1 or H, t] query indices of the tile.
+    columns: int [1 or B, 1 or H, s] key indices of the tile.
     dtype: of the result.
 
   Returns:
@@ -30,9 +30,9 @@ def keep_factor(seed, rate: float, batch: int, heads: int, length: int, rows, co
 
   Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
   """
-  shape = (batch, heads, len(rows), len(columns))
+  shape = (batch, heads, rows.shape[-1], columns.shape[-1])
   row = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1) * length + rows.astype(jnp.uint32)
-  counters = [jnp.broadcast_to(x, shape).ravel() for x in (row[..., None], columns.astype(jnp.uint32))]
+  counters = [jnp.broadcast_to(x, shape).ravel() for x in (row[..., None], columns.astype(jnp.uint32)[..., None, :])]
   bits = threefry_2x32(seed, jnp.concatenate(counters))[: counters[0].size].reshape(shape)
   dropped = bits < jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
   return jnp.where(dropped, 0, 1 / (1 - rate)).astype(dtype)

@@ -1,29 +1,34 @@
 """Attention masks as an algebra: small predicates on token positions, combined by `&`, `|` and `~`.
 
 A mask is True where attention is allowed. Each predicate can be evaluated on a tile of queries and keys (what the
-implementations do), densely (`dense`, for tests and pictures), and on boxes of positions (`boxes`: is the tile empty,
-full or partial?), so that work which a mask hides is skipped and never computed:
+implementations do), densely (`dense`, for tests and pictures), and on bounding boxes of tokens (`verdicts`: is the tile
+empty, full or partial?), so that work which a mask hides is skipped and never computed:
 
     mask = causal() & (window(1024) | sink(4))   # mind the brackets: & binds tighter than |
 
 Predicates see *positions*: the place of a token in its text. They default to the index in the array; with a cache they
 are what the cache says. `document` and `array` are read by index, since they come as arrays. Masks are pytrees:
-numbers are static, arrays are leaves, so a mask passes through `jax.jit` and `jax.vmap` as any argument does.
+numbers are static, arrays are leaves, so a mask passes through `jax.jit` and `jax.vmap` as any argument does. Work is
+planned from numbers and numpy arrays before anything runs; jax arrays are data, and are read where that pays.
 """
 
-import operator
+import math
+import numbers
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.arguments import booleans, integer, integers
+from attn.evaluate import check, dense, empty_rows, tokens, verdicts
+from attn.layouts import Layout
 from attn.predicates import (
   EMPTY,
   FULL,
   PARTIAL,
-  And,
   Array,
+  Boxes,
   Causal,
   Chunked,
   Dilated,
@@ -32,34 +37,52 @@ from attn.predicates import (
   Function,
   Lengths,
   Mask,
-  Not,
   Occupied,
-  Or,
   Prefix,
   Tokens,
+  Verdict,
   Window,
 )
+from attn.radial import Radial
+from attn.segments import SameSegment, SegmentGraph, Segments
+from attn.spatial import Band, Disc, Grouped, Neighborhood, Placed, RandomBlocks
 
 __all__ = [
   'EMPTY',
   'FULL',
   'PARTIAL',
+  'Boxes',
+  'Everything',
   'Lengths',
   'Mask',
   'Occupied',
   'Tokens',
+  'Verdict',
   'array',
+  'band',
   'causal',
   'check',
   'chunked',
   'dense',
   'dilated',
+  'disc',
   'document',
+  'empty_rows',
   'everything',
   'function',
+  'grouped',
+  'neighborhood',
+  'placed',
   'prefix',
+  'radial',
+  'random_blocks',
+  'recent',
+  'same_segment',
+  'segment_graph',
+  'segments',
   'sink',
   'tokens',
+  'verdicts',
   'window',
 ]
 
@@ -87,12 +110,13 @@ def window(left: int | None, right: int | None = 0) -> Mask:
       `local_window_size`: a sliding window of w tokens, the query included, is `causal() & window(w - 1)`.
     right: tokens a query sees after itself; None is all.
   """
-  return Window(None if left is None else _size('left', left, 0), None if right is None else _size('right', right, 0))
+  left, right = (None if x is None else integer(name, x, 0) for name, x in (('left', left), ('right', right)))
+  return Window(left, right)
 
 
 def chunked(size: int) -> Mask:
   """Keys in the query's own chunk of `size` positions: key // size == query // size."""
-  return Chunked(_size('size', size, 1))
+  return Chunked(integer('size', size, 1))
 
 
 def prefix(length) -> Mask:
@@ -102,12 +126,12 @@ def prefix(length) -> Mask:
 
 def sink(n: int) -> Mask:
   """The first n keys, whatever the query: key < n."""
-  return Prefix(_size('n', n, 0), None)
+  return Prefix(integer('n', n, 0), None)
 
 
 def dilated(step: int) -> Mask:
   """Every step-th key, counted from the query: (query - key) % step == 0."""
-  return Dilated(_size('step', step, 1))
+  return Dilated(integer('step', step, 1))
 
 
 def document(q_ids, kv_ids=None) -> Mask:
@@ -134,7 +158,7 @@ def function(f: Callable, *arrays) -> Mask:
 
 def array(values) -> Mask:
   """A bool array, True where attention is allowed, that broadcasts to [B, H, T, S]; by index."""
-  values = jnp.asarray(values)
+  values = values if isinstance(values, jax.Array) else np.asarray(values)
   if values.dtype != bool:
     raise ValueError(f'mask array has dtype {values.dtype}, expected bool (an additive mask is a `bias`)')
   if values.ndim > 4:
@@ -142,80 +166,183 @@ def array(values) -> Mask:
   return Array(values.reshape((1,) * (4 - values.ndim) + values.shape))
 
 
-def dense(mask: Mask, T: int, S: int | None = None, *, batch=1, heads=1, positions=None, kv_positions=None):
-  """The mask as an array [1 or B, 1 or H, T, S] of bool, for tests and pictures: O(TS) memory.
+def recent(n: int) -> Mask:
+  """The n latest keys, the query's own included: query - n < key <= query. With sinks, `recent(n) | sink(m)`: A-shape."""
+  return Window(integer('n', n, 1) - 1, 0)
+
+
+def grouped(size: int, shift=0, *, axis: int | None = None) -> Mask:
+  """Pairs of one group: (key + shift) // size == (query + shift) // size.
+
+  Shifted sparse attention (LongLoRA, arXiv:2309.12307) is `causal() & grouped(g, shifts)` with shifts
+  [0, .., 0, g // 2, .., g // 2]: in half of the heads groups begin half a group earlier; the first and the last are
+  shorter there, and none wraps around.
+
+  Args:
+    size: positions in a group.
+    shift: an integer, or an int array [H], one for each query head.
+    axis: of a layout, to group by a coordinate (frames in chunks, say); None groups positions.
+  """
+  fixed, shift = _integers('shift', shift, 'H')
+  return Grouped(integer('size', size, 1), None if axis is None else integer('axis', axis, 0), fixed, shift)
+
+
+def random_blocks(seed: int, r: int, block: int, length: int) -> Mask:
+  """For each `block` queries, r blocks of as many keys, drawn once by the seed without repetition (BigBird).
+
+  Args:
+    seed: of the draw, which is the same wherever the mask is made.
+    r: key blocks a query sees.
+    block: positions in a block.
+    length: positions in all; those beyond see nothing and are not seen.
+
+  Source: arXiv:2007.14062.
+  """
+  block, length = integer('block', block, 1), integer('length', length, 1)
+  n = -(-length // block)
+  r, rng = integer('r', r, 0, n + 1), np.random.default_rng(integer('seed', seed, 0))
+  chosen = np.array([rng.choice(n, r, replace=False) for _ in range(n)], np.int32).reshape(n, r)
+  return RandomBlocks(chosen, block)
+
+
+def band(axis: int, low: int | None, high: int | None) -> Mask:
+  """Keys near the query on one axis of a layout: low <= key - query <= high; None is no bound.
+
+  Frame windows are made of it. A chunk of C frames that sees itself and L frames back, and a reference picture:
+  `grouped(C, axis=0) | band(0, -L, 0) | segments(None, REFERENCE)`.
+  """
+  low, high = (None if x is None else integer(n, x, -(2**31)) for n, x in (('low', low), ('high', high)))
+  if low is not None and high is not None and low > high:
+    raise ValueError(f'low={low} must be at most high={high}')
+  return Band(integer('axis', axis, 0), low, high)
+
+
+def disc(radius, axes=None) -> Mask:
+  """Keys nearer than a radius: the sum over axes of (key - query)**2 < radius**2, strictly (CLEAR).
+
+  Args:
+    radius: a positive number below 2**14. 1 is the query's own place alone.
+    axes: which axes of the layout count, a tuple; None is all.
+
+  Source: arXiv:2412.16112.
+  """
+  if not 0 < _number('radius', radius) < 2**14:
+    raise ValueError(f'radius={radius!r} must be a positive number below 2**14')
+  return Disc(math.ceil(float(radius) ** 2), None if axes is None else integers('axes', axes, 0))
+
+
+def neighborhood(shape, window, stride=1, dilation=1, is_causal=False) -> Mask:
+  """Generalized neighborhood attention on a grid: each query sees window[a] keys around it on every axis a.
+
+  Windows move inward at borders, so every query sees prod(window) keys. With a stride, that many queries in a row share
+  the window of the one in their middle; stride == window is blocked attention. With a dilation d, the tokens whose
+  coordinates are equal modulo d see only each other. On a causal axis the window ends at the last of its stride, and
+  keys after the query are hidden. Without a layout, positions number the grid in row-major order.
+
+  Args:
+    shape: tokens of the grid on each axis, () of integers. What stands outside sees nothing and is not seen.
+    window: keys on each axis; an even window has one more before the query than after it.
+    stride: from 1 to the window.
+    dilation: at least 1; window * dilation <= shape.
+    is_causal: True or False for each axis. All but `shape` may be one value for all axes.
+
+  Raises:
+    ValueError: what is out of these ranges, or not one for each axis.
+
+  Source: arXiv:2504.16922.
+  """
+  shape = integers('shape', shape, 1)
+  window, stride, dilation = (
+    integers(name, x, 1, len(shape)) for name, x in (('window', window), ('stride', stride), ('dilation', dilation))
+  )
+  for axis, (n, w, s, d) in enumerate(zip(shape, window, stride, dilation)):
+    if w * d > n:
+      raise ValueError(f'window={w} times dilation={d} must be at most the {n} tokens of axis {axis}')
+    if s > w:
+      raise ValueError(f'stride={s} must be at most window={w} on axis {axis}')
+  return Neighborhood(shape, window, stride, dilation, booleans('is_causal', is_causal, len(shape)))
+
+
+def radial(shape, decay: float, *, block: int = 128, has_sink: bool = False) -> Mask:
+  """Radial attention: the farther two frames of a video are apart, the nearer a key must be; see attn/radial.py.
+
+  Args:
+    shape: (frames, tokens of a frame) or (frames, height, width).
+    decay: factor on the width of the band, at least 0; published: 0.2 to 0.95.
+    block: tokens below which a band is not narrowed but frames are skipped; upstream 128 whatever the tile.
+    has_sink: whether everybody sees frame 0.
+
+  Source: arXiv:2506.19852.
+  """
+  shape = integers('shape', shape, 1)
+  if len(shape) < 2:
+    raise ValueError(f'shape={shape!r} has one axis, expected frames and at least one axis of space')
+  if not _number('decay', decay) >= 0:
+    raise ValueError(f'decay={decay!r} must be at least 0')
+  return Radial(shape, float(decay), integer('block', block, 1), bool(has_sink))
+
+
+def same_segment() -> Mask:
+  """Pairs within one segment of a layout; all pairs without one."""
+  return SameSegment()
+
+
+def segments(q_set, k_set) -> Mask:
+  """Queries of some segments of a layout and keys of some: each an integer, integers, or None for all.
+
+  Text that sees all and is seen by all, in segment 0: `... | segments(0, None) | segments(None, 0)`.
+  """
+  return Segments(
+    *(None if x is None else integers(name, x, 0, 1 if np.ndim(x) == 0 else None)
+      for name, x in (('q_set', q_set), ('k_set', k_set)))
+  )  # fmt: skip
+
+
+def segment_graph(matrix) -> Mask:
+  """Pairs of segments by a bool matrix [segments, segments]: that of the row may see that of the column."""
+  matrix = matrix if isinstance(matrix, jax.Array) else np.asarray(matrix)
+  if matrix.dtype != bool or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+    raise ValueError(f'matrix has shape {matrix.shape} and dtype {matrix.dtype}, expected bool [segments, segments]')
+  return SegmentGraph(matrix)
+
+
+def placed(mask: Mask, layout: Layout, kv_layout: Layout | None = None) -> Mask:
+  """The mask, seeing tokens as a layout has them: coordinates, segment, and order as the position.
+
+  A token's place in the layout is its position, by default its index. Positions outside 0..N-1 see nothing and are not
+  seen. What is read by index (`document`, `array`) stays so. Windows of a random order, causal by the true one
+  (Stochastic Attention): `placed(band(0, -w, w) & causal(), layout.numbered())`, `layout = line(N).shuffled(seed)`.
 
   Args:
     mask: any mask.
-    T: number of queries.
-    S: number of keys; None means T.
-    batch: B, for masks that depend on the row of the batch.
-    heads: H, for masks that depend on the head.
-    positions: int [T] or [B, T] query positions; None means 0..T-1.
-    kv_positions: int [S] or [B, S]; None means 0..S-1.
-
-  Raises:
-    ValueError: positions or an array inside the mask do not fit T, S, batch or heads.
+    layout: of the queries, and of the keys unless they have their own.
+    kv_layout: of the keys.
   """
-  S = T if S is None else S
-  for name, x, n in (('positions', positions, T), ('kv_positions', kv_positions, S)):
-    if x is not None and (
-      np.shape(x) not in ((n,), (1, n), (batch, n)) or not jnp.issubdtype(jnp.result_type(x), jnp.integer)
-    ):
-      raise ValueError(
-        f'{name} have shape {np.shape(x)} and dtype {jnp.result_type(x)}, expected integers [{n}] or [{batch}, {n}]'
-      )
-  check(mask, batch, heads, T, S)
-  q, k = tokens(T, positions), tokens(S, kv_positions)
-  seen = mask.tile(q, k, batch, heads)
-  return jnp.broadcast_to(seen, (*seen.shape[:2], T, S))
+  kv_layout = layout if kv_layout is None else kv_layout
+  for name, x, kind in (('mask', mask, Mask), ('layout', layout, Layout), ('kv_layout', kv_layout, Layout)):
+    if not isinstance(x, kind):
+      raise ValueError(f'{name} is a {type(x).__name__}, expected a {kind.__name__}')
+  return Placed(mask, layout, kv_layout)
 
 
-def tokens(length: int, positions=None) -> Tokens:
-  """All `length` tokens of an array, at the given positions [t] or [B, t] (None: their indices)."""
-  index = jnp.arange(length, dtype=jnp.int32)
-  return Tokens(index, jnp.atleast_2d(index if positions is None else jnp.asarray(positions)))
-
-
-def check(mask: Mask, B: int, H: int, T: int, S: int) -> None:
-  """Raises ValueError unless every array inside `mask` fits B, H, T and S."""
-  for part in jax.tree.leaves(mask, is_leaf=lambda x: isinstance(x, Mask) and not isinstance(x, And | Or | Not)):
-    if isinstance(part, Array):
-      for axis, got, want in zip('BHTS', part.values.shape, (B, H, T, S)):
-        if got not in (1, want):
-          raise ValueError(f'mask array has {got} on axis {axis} (shape {part.values.shape}), expected 1 or {want}')
-    elif isinstance(part, Document):
-      for name, ids, n in (('q_ids', part.q_ids, T), ('kv_ids', part.kv_ids, S)):
-        if ids.shape[-1] != n or (ids.ndim == 2 and ids.shape[0] not in (1, B)):
-          raise ValueError(f'document {name} have shape {ids.shape}, expected [{n}] or [{B}, {n}]')
-    elif isinstance(part, Causal | Prefix):
-      name, x = ('offset', part.offset) if isinstance(part, Causal) else ('length', part.length)
-      if x is not None and np.ndim(x) and np.shape(x)[0] not in (1, B):
-        raise ValueError(f'{name} has shape {np.shape(x)}, expected [] or [{B}]')
-
-
-def _size(name, value, minimum):
-  try:
-    value = operator.index(value)
-  except TypeError:
-    raise ValueError(f'{name}={value!r} is not an integer') from None
-  if not minimum <= value < 2**31:
-    raise ValueError(f'{name}={value} must be at least {minimum} and below 2**31')
-  return value
-
-
-def _integers(name, value):
+def _integers(name, value, axis='B'):
   """(integer, None) or (None, int array [] or [B])."""
   if isinstance(value, int | np.integer) and not isinstance(value, bool):
     return int(value), None
   value = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
   if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim > 1:
-    raise ValueError(f'{name} has dtype {value.dtype} and shape {value.shape}, expected an integer or an int array [B]')
+    raise ValueError(f'{name} has dtype {value.dtype} and shape {value.shape}, expected an integer or integers [{axis}]')
   return None, value
 
 
+def _number(name, value) -> float:
+  if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    raise ValueError(f'{name}={value!r} is not a number')
+  return float(value)
+
+
 def _ids(name, ids):
-  ids = jnp.asarray(ids)
+  ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
   if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim not in (1, 2):
     raise ValueError(f'{name} have dtype {ids.dtype} and shape {ids.shape}, expected integers [t] or [B, t]')
   return ids

@@ -1,24 +1,81 @@
-"""The predicates that masks are made of, each evaluated on tiles and on boxes of positions; made by attn/masks.py."""
+"""The predicates that masks are made of, each evaluated on tiles and on boxes; made by attn/masks.py."""
 
 import dataclasses
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-EMPTY, PARTIAL, FULL = 0, 1, 2  # what `boxes` says; the order makes `&` a minimum and `|` a maximum
+EMPTY, PARTIAL, FULL = 0, 1, 2  # the kinds of a tile
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-  """A run of t tokens as masks see them: `index` [t] in its array, `position` [1 or B, t] in its text."""
+  """Tokens as masks see them. Every array is [1 or B, 1 or H, t].
 
-  index: jax.Array
-  position: jax.Array
+  Attributes:
+    index: place in the array.
+    position: place in the text, which causality goes by; negative is padding or an empty slot.
+    coords: place on each axis of a layout (attn/layouts.py); () without one.
+    segment: kind of token in a layout: text, image, register; None without one.
+  """
+
+  index: Any
+  position: Any
+  coords: tuple = ()
+  segment: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+  """The tokens of an array in runs of `size`, the last of which may be shorter.
+
+  Attributes:
+    tokens: all of them; numpy arrays where their values are known.
+    size: tokens in a run.
+    is_static: whether verdicts may depend on nothing but numpy arrays and numbers. Then a mask says that it does not
+      know wherever it holds a jax array: that is data, and a work list made from data cannot be fixed beforehand.
+  """
+
+  tokens: Tokens
+  size: int
+  is_static: bool = True
+
+  def bounds(self, values):
+    """Smallest and largest of values [..., t] in each run: two arrays [..., n]."""
+    t, xp = values.shape[-1], np if isinstance(values, np.ndarray) else jnp
+    n = -(-t // self.size)
+    if t % self.size:
+      last = xp.broadcast_to(values[..., -1:], (*values.shape[:-1], n * self.size - t))
+      values = xp.concatenate([values, last], axis=-1)
+    runs = values.reshape(*values.shape[:-1], n, self.size)
+    return runs.min(-1), runs.max(-1)
+
+  def can_read(self, *arrays):
+    """Whether a verdict may depend on these."""
+    return not self.is_static or all(isinstance(x, np.ndarray | int | None) for x in arrays)
+
+
+class Verdict(NamedTuple):
+  """What a mask says of tiles without looking at pairs; bool arrays that broadcast to [1 or B, 1 or H, nq, nk].
+
+  `some` False promises that nothing is allowed, `every` True that everything is. (True, False) is always right.
+  """
+
+  some: Any
+  every: Any
+
+  @property
+  def kind(self):
+    """EMPTY, PARTIAL or FULL, int8."""
+    return self.some.astype(np.int8) + self.every.astype(np.int8)
+
+
+UNKNOWN = Verdict(np.ones((1, 1, 1, 1), bool), np.zeros((1, 1, 1, 1), bool))
 
 
 class Mask:
@@ -28,12 +85,12 @@ class Mask:
     """Evaluates on every pair of q and k: bool [1 or B, 1 or H, t, s]."""
     raise NotImplementedError
 
-  def boxes(self, q_low, q_high, k_low, k_high):
-    """EMPTY, PARTIAL or FULL for boxes of positions (inclusive integer bounds, numpy, broadcast together).
+  def boxes(self, q: Boxes, k: Boxes) -> Verdict:
+    """What is certain of every pair of runs. Operators alone, so that numpy and traced arrays both work."""
+    return UNKNOWN
 
-    PARTIAL is always allowed; EMPTY and FULL are promises. An empty box is never computed.
-    """
-    return np.full(np.broadcast_shapes(*(np.shape(x) for x in (q_low, q_high, k_low, k_high))), PARTIAL, np.int8)
+  def check(self, B: int, H: int, T: int, S: int) -> None:
+    """Raises ValueError unless every array inside fits."""
 
   def __and__(self, other):
     return And(self, _mask(other))
@@ -51,16 +108,18 @@ class Mask:
     )
 
 
-def _static(**kwargs):
+def static(**kwargs):
+  """A field that is part of the tree's structure."""
   return dataclasses.field(metadata={'static': True}, **kwargs)
 
 
-@typing.dataclass_transform(frozen_default=True, field_specifiers=(_static,))
-def _register(cls):
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def register(cls):
+  """A frozen dataclass that is a pytree."""
   return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
-@_register
+@register
 class And(Mask):
   a: Mask
   b: Mask
@@ -68,11 +127,16 @@ class And(Mask):
   def tile(self, q, k, batch, heads):
     return self.a.tile(q, k, batch, heads) & self.b.tile(q, k, batch, heads)
 
-  def boxes(self, *box):
-    return np.minimum(self.a.boxes(*box), self.b.boxes(*box))
+  def boxes(self, q, k):
+    a, b = self.a.boxes(q, k), self.b.boxes(q, k)
+    return Verdict(a.some & b.some, a.every & b.every)
+
+  def check(self, B, H, T, S):
+    self.a.check(B, H, T, S)
+    self.b.check(B, H, T, S)
 
 
-@_register
+@register
 class Or(Mask):
   a: Mask
   b: Mask
@@ -80,118 +144,151 @@ class Or(Mask):
   def tile(self, q, k, batch, heads):
     return self.a.tile(q, k, batch, heads) | self.b.tile(q, k, batch, heads)
 
-  def boxes(self, *box):
-    return np.maximum(self.a.boxes(*box), self.b.boxes(*box))
+  def boxes(self, q, k):
+    a, b = self.a.boxes(q, k), self.b.boxes(q, k)
+    return Verdict(a.some | b.some, a.every | b.every)
+
+  def check(self, B, H, T, S):
+    self.a.check(B, H, T, S)
+    self.b.check(B, H, T, S)
 
 
-@_register
+@register
 class Not(Mask):
   a: Mask
 
   def tile(self, q, k, batch, heads):
     return ~self.a.tile(q, k, batch, heads)
 
-  def boxes(self, *box):
-    return (FULL - self.a.boxes(*box)).astype(np.int8)
+  def boxes(self, q, k):
+    a = self.a.boxes(q, k)
+    return Verdict(~a.every, ~a.some)
+
+  def check(self, B, H, T, S):
+    self.a.check(B, H, T, S)
 
 
-@_register
+@register
 class Everything(Mask):
   def tile(self, q, k, batch, heads):
     return jnp.ones((1, 1, 1, 1), bool)
 
-  def boxes(self, *box):
-    return np.full_like(super().boxes(*box), FULL)
+  def boxes(self, q, k):
+    return Verdict(UNKNOWN.some, UNKNOWN.some)
 
 
-@_register
+@register
 class Causal(Mask):
-  fixed: int | None = _static()  # the offset as a number, or
+  fixed: int | None = static()  # the offset as a number, or
   offset: Any  # as an array
 
   def tile(self, q, k, batch, heads):
-    return _column(k) <= _row(q) + _either(self.fixed, self.offset)
+    return column(k.position) <= row(q.position) + _either(self.fixed, self.offset)
 
-  def boxes(self, q_low, q_high, k_low, k_high):
-    known = _range(self.fixed, self.offset)
-    if known is None:
-      return super().boxes(q_low, q_high, k_low, k_high)
-    return _verdict(k_low > q_high + known[1], k_high <= q_low + known[0])
+  def boxes(self, q, k):
+    if not q.can_read(q.tokens.position, k.tokens.position, self.offset):
+      return UNKNOWN
+    q_low, q_high, k_low, k_high = _bounds(q, k)
+    offset = _either(self.fixed, self.offset)
+    return Verdict(k_low <= q_high + offset, k_high <= q_low + offset)
+
+  def check(self, B, H, T, S):
+    _check_setting('offset', self.offset, B)
 
 
-@_register
+@register
 class Window(Mask):
-  left: int | None = _static()
-  right: int | None = _static()
+  left: int | None = static()
+  right: int | None = static()
 
   def tile(self, q, k, batch, heads):
-    ahead = _column(k) - _row(q)
-    seen = jnp.ones_like(ahead, bool)
-    if self.left is not None:
-      seen &= ahead >= -self.left
-    if self.right is not None:
-      seen &= ahead <= self.right
-    return seen
+    ahead = column(k.position) - row(q.position)
+    return self._within(ahead, ahead)
 
-  def boxes(self, q_low, q_high, k_low, k_high):
+  def boxes(self, q, k):
+    if not q.can_read(q.tokens.position, k.tokens.position):
+      return UNKNOWN
+    q_low, q_high, k_low, k_high = _bounds(q, k)
     nearest, farthest = k_low - q_high, k_high - q_low  # the range of key - query
-    low = -np.inf if self.left is None else -self.left
-    high = np.inf if self.right is None else self.right
-    return _verdict((farthest < low) | (nearest > high), (nearest >= low) & (farthest <= high))
+    return Verdict(self._within(farthest, nearest), self._within(nearest, farthest))
+
+  def _within(self, low, high):
+    """low >= -left and high <= right."""
+    if self.left is None:
+      return high == high if self.right is None else high <= self.right
+    return low >= -self.left if self.right is None else (low >= -self.left) & (high <= self.right)
 
 
-@_register
+@register
 class Chunked(Mask):
-  size: int = _static()
+  size: int = static()
 
   def tile(self, q, k, batch, heads):
-    return _row(q) // self.size == _column(k) // self.size
+    return row(q.position) // self.size == column(k.position) // self.size
 
-  def boxes(self, q_low, q_high, k_low, k_high):
-    q_low, q_high, k_low, k_high = (x // self.size for x in (q_low, q_high, k_low, k_high))
-    return _verdict((q_high < k_low) | (q_low > k_high), (q_low == q_high) & (k_low == k_high) & (q_low == k_low))
+  def boxes(self, q, k):
+    if not q.can_read(q.tokens.position, k.tokens.position):
+      return UNKNOWN
+    return equal(*(x // self.size for x in _bounds(q, k)))
 
 
-@_register
+@register
 class Prefix(Mask):
-  fixed: int | None = _static()  # the length as a number, or
+  fixed: int | None = static()  # the length as a number, or
   length: Any  # as an array
 
   def tile(self, q, k, batch, heads):
-    return _column(k) < _either(self.fixed, self.length)
+    return column(k.position) < _either(self.fixed, self.length)
 
-  def boxes(self, q_low, q_high, k_low, k_high):
-    known = _range(self.fixed, self.length)
-    if known is None:
-      return super().boxes(q_low, q_high, k_low, k_high)
-    verdict = _verdict(k_low >= known[1], k_high < known[0])
-    return np.broadcast_to(verdict, np.broadcast_shapes(verdict.shape, np.shape(q_low), np.shape(q_high)))
+  def boxes(self, q, k):
+    if not q.can_read(k.tokens.position, self.length):
+      return UNKNOWN
+    low, high = (column(x) for x in k.bounds(k.tokens.position))
+    length = _either(self.fixed, self.length)
+    return Verdict(low < length, high < length)
+
+  def check(self, B, H, T, S):
+    _check_setting('length', self.length, B)
 
 
-@_register
+@register
 class Dilated(Mask):
-  step: int = _static()
+  step: int = static()
 
   def tile(self, q, k, batch, heads):
-    return (_row(q) - _column(k)) % self.step == 0
+    return (row(q.position) - column(k.position)) % self.step == 0
 
-  def boxes(self, q_low, q_high, k_low, k_high):
+  def boxes(self, q, k):
+    if not q.can_read(q.tokens.position, k.tokens.position):
+      return UNKNOWN
+    q_low, q_high, k_low, k_high = _bounds(q, k)
     low, high = q_low - k_high, q_high - k_low
     multiple = -(-low // self.step) * self.step  # the first multiple of step at or above low
-    return _verdict(multiple > high, (low == high) & (multiple == low) | (self.step == 1))
+    return Verdict(multiple <= high, (low == high) & (multiple == low) | (self.step == 1))
 
 
-@_register
+@register
 class Document(Mask):
-  q_ids: jax.Array
-  kv_ids: jax.Array
+  q_ids: Any
+  kv_ids: Any
 
   def tile(self, q, k, batch, heads):
-    q_ids, k_ids = (jnp.take(jnp.atleast_2d(x), i, axis=1) for x, i in ((self.q_ids, q.index), (self.kv_ids, k.index)))
-    return q_ids[:, None, :, None] == k_ids[:, None, None, :]
+    return row(at(self.q_ids, q.index)) == column(at(self.kv_ids, k.index))
+
+  def boxes(self, q, k):
+    if not q.can_read(self.q_ids, self.kv_ids):
+      return UNKNOWN
+    q_low, q_high = (row(x) for x in q.bounds(at(self.q_ids, q.tokens.index)))
+    k_low, k_high = (column(x) for x in k.bounds(at(self.kv_ids, k.tokens.index)))
+    return equal(q_low, q_high, k_low, k_high)
+
+  def check(self, B, H, T, S):
+    for name, ids, n in (('q_ids', self.q_ids, T), ('kv_ids', self.kv_ids, S)):
+      if ids.shape[-1] != n or (ids.ndim == 2 and ids.shape[0] not in (1, B)):
+        raise ValueError(f'document {name} have shape {ids.shape}, expected [{n}] or [{B}, {n}]')
 
 
-@_register
+@register
 class Lengths(Mask):
   """The first `q_lengths` [B] queries and `kv_lengths` [B] keys, by index; None is all."""
 
@@ -201,76 +298,130 @@ class Lengths(Mask):
   def tile(self, q, k, batch, heads):
     seen = jnp.ones((1, 1, 1, 1), bool)
     if self.q_lengths is not None:
-      seen &= q.index[:, None] < _per_batch(self.q_lengths)
+      seen &= row(q.index) < per_batch(self.q_lengths)
     if self.kv_lengths is not None:
-      seen &= k.index[None, :] < _per_batch(self.kv_lengths)
+      seen &= column(k.index) < per_batch(self.kv_lengths)
     return seen
 
+  def boxes(self, q, k):
+    if not q.can_read(self.q_lengths, self.kv_lengths):
+      return UNKNOWN
+    some = every = UNKNOWN.some
+    for lengths, boxes, side in ((self.q_lengths, q, row), (self.kv_lengths, k, column)):
+      if lengths is not None:
+        low, high = (side(x) for x in boxes.bounds(boxes.tokens.index))
+        some, every = some & (low < per_batch(lengths)), every & (high < per_batch(lengths))
+    return Verdict(some, every)
 
-@_register
+
+@register
 class Occupied(Mask):
   """Pairs of tokens that exist: a negative position is padding or an empty cache slot."""
 
   def tile(self, q, k, batch, heads):
-    return (_row(q) >= 0) & (_column(k) >= 0)
+    return (row(q.position) >= 0) & (column(k.position) >= 0)
+
+  def boxes(self, q, k):
+    if not q.can_read(q.tokens.position, k.tokens.position):
+      return UNKNOWN
+    q_low, q_high, k_low, k_high = _bounds(q, k)
+    return Verdict((q_high >= 0) & (k_high >= 0), (q_low >= 0) & (k_low >= 0))
 
 
-@_register
+@register
 class Function(Mask):
   arrays: tuple
-  f: Callable = _static()
+  f: Callable = static()
 
   def tile(self, q, k, batch, heads):
     b = jnp.arange(batch)[:, None, None, None]
     h = jnp.arange(heads)[None, :, None, None]
-    seen = jnp.asarray(self.f(b, h, _row(q), _column(k), *self.arrays))
+    seen = jnp.asarray(self.f(b, h, row(q.position), column(k.position), *self.arrays))
     if seen.dtype != bool:
       raise ValueError(f'the mask function returned {seen.dtype}, expected bool (True where attention is allowed)')
     return seen.reshape((1,) * (4 - seen.ndim) + seen.shape)
 
 
-@_register
+@register
 class Array(Mask):
-  values: jax.Array  # [1 or B, 1 or H, 1 or T, 1 or S]
+  values: Any  # [1 or B, 1 or H, 1 or T, 1 or S]
 
   def tile(self, q, k, batch, heads):
-    rows = self.values if self.values.shape[2] == 1 else jnp.take(self.values, q.index, axis=2)
-    return rows if rows.shape[3] == 1 else jnp.take(rows, k.index, axis=3)
+    values, (_, _, t, s) = jnp.asarray(self.values), self.values.shape
+    if q.index.shape[:2] == k.index.shape[:2] == (1, 1):
+      values = values if t == 1 else jnp.take(values, q.index[0, 0], axis=2)
+      return values if s == 1 else jnp.take(values, k.index[0, 0], axis=3)
+    # Every row of the batch, or head, has a tile of its own.
+    b, h = (np.arange(n) for n in values.shape[:2])
+    rows, columns = row(q.index) if t > 1 else 0, column(k.index) if s > 1 else 0
+    return values[b[:, None, None, None], h[:, None, None], rows, columns]
+
+  def boxes(self, q, k):
+    if not q.can_read(self.values):
+      return UNKNOWN
+    low = high = self.values
+    for boxes, axis in ((q, 2), (k, 3)):
+      if self.values.shape[axis] > 1:
+        low = boxes.bounds(low.swapaxes(axis, 3))[0].swapaxes(axis, 3)
+        high = boxes.bounds(high.swapaxes(axis, 3))[1].swapaxes(axis, 3)
+    return Verdict(high, low)
+
+  def check(self, B, H, T, S):
+    for axis, got, want in zip('BHTS', self.values.shape, (B, H, T, S)):
+      if got not in (1, want):
+        raise ValueError(f'mask array has {got} on axis {axis} (shape {self.values.shape}), expected 1 or {want}')
 
 
-def _row(q: Tokens):
-  return _signed(q.position)[:, None, :, None]
+def row(x):
+  """[..., t] of queries against keys: [..., t, 1]."""
+  return _signed(x)[..., :, None]
 
 
-def _column(k: Tokens):
-  return _signed(k.position)[:, None, None, :]
+def column(x):
+  """[..., s] of keys against queries: [..., 1, s]."""
+  return _signed(x)[..., None, :]
 
 
-def _signed(x):
-  """Positions as int32 or int64: differences of narrow or unsigned integers wrap around."""
-  return x.astype(jnp.int64 if x.dtype.itemsize == 8 else jnp.int32)
+def equal(q_low, q_high, k_low, k_high) -> Verdict:
+  """The verdict of `value of the query == value of the key` from the bounds of both."""
+  return Verdict((q_low <= k_high) & (k_low <= q_high), (q_low == q_high) & (k_low == k_high) & (q_low == k_low))
 
 
-def _per_batch(x):
+def at(values, index):
+  """values [N] or [B, N] at an index [1 or B, 1 or H, t]; numpy where both are."""
+  xp = np if isinstance(values, np.ndarray) and isinstance(index, np.ndarray) else jnp
+  values = values[None] if values.ndim == 1 else values
+  if index.shape[:2] == (1, 1):
+    return xp.take(values, index[0, 0], axis=1)[:, None]
+  return xp.take_along_axis(values[:, None], index, axis=2)
+
+
+def per_batch(x):
   """A scalar as it is; [B] as [B, 1, 1, 1]."""
   return x if np.ndim(x) == 0 else x[:, None, None, None]
 
 
+def _bounds(q, k):
+  """Bounds of the positions of queries, as rows, and of keys, as columns."""
+  q_low, q_high = q.bounds(q.tokens.position)
+  k_low, k_high = k.bounds(k.tokens.position)
+  return row(q_low), row(q_high), column(k_low), column(k_high)
+
+
+def _signed(x):
+  """As int64 if numpy or already wide, else int32: differences of narrow or unsigned integers wrap around."""
+  if isinstance(x, np.ndarray):
+    return x.astype(np.int64)
+  return x.astype(jnp.int64 if x.dtype.itemsize == 8 else jnp.int32)
+
+
 def _either(fixed, x):
-  return _per_batch(x) if fixed is None else fixed
+  return per_batch(x) if fixed is None else fixed
 
 
-def _range(fixed, x):
-  """Smallest and largest value of a setting, or None where they are known only at run time."""
-  if fixed is not None:
-    return fixed, fixed
-  if isinstance(x, jax.core.Tracer) or np.size(x) == 0:
-    return None
-  return int(np.min(x)), int(np.max(x))
-
-
-def _verdict(empty, full):
-  return np.where(empty, EMPTY, np.where(full, FULL, PARTIAL)).astype(np.int8)
+def _check_setting(name, x, B):
+  if x is not None and np.ndim(x) and np.shape(x)[0] not in (1, B):
+    raise ValueError(f'{name} has shape {np.shape(x)}, expected [] or [{B}]')
 
 
 def _mask(x):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from attn import dropout, masks
+from attn import bias as biases, dropout, masks
 
 IMPLEMENTATIONS = ('reference', 'xla')
 
@@ -36,6 +36,7 @@ class Call:
   v: jax.Array  # [B, S, K, V]
   bias: jax.Array | None  # [1 or B, 1 or H, 1 or T, 1 or S]
   logit_bias: jax.Array | None  # [B, S, K]
+  score: biases.Score | None
   mask: masks.Mask
   positions: jax.Array | None  # [1 or B, T]; None is 0..T-1
   kv_positions: jax.Array | None  # [1 or B, S]
@@ -64,6 +65,7 @@ def attend(
   mask=None,
   bias=None,
   logit_bias=None,
+  score=None,
   sinks=None,
   scale=None,
   soft_cap=None,
@@ -83,7 +85,8 @@ def attend(
 ):
   """Softmax attention with grouped query heads.
 
-      logit[t, s] = cap(scale * q[t] . k[s]) + bias[t, s] + logit_bias[s],    cap(x) = soft_cap * tanh(x / soft_cap)
+      logit[t, s] = score(cap(scale * q[t] . k[s])) + bias[t, s] + logit_bias[s]
+      cap(x) = soft_cap * tanh(x / soft_cap)
       out[t] = sum_s exp(logit[t, s]) v[s] / (exp(sink) + sum_s exp(logit[t, s]))    over the s that t may see
 
   A query that may see nothing gives zeros, a log-sum-exp of -inf and zero gradients. What lies beyond
@@ -96,6 +99,8 @@ def attend(
     mask: a mask of attn.masks, or a bool array that broadcasts to [B, H, T, S]; True where attention is allowed.
     bias: added to the logits; broadcasts to [B, H, T, S]; its gradient has its own shape.
     logit_bias: [B, S] or [B, S, K], added to the logits of an entry for every query (log of a count, for instance).
+    score: f(s, b, h, i, j) -> logit, or a score of attn.bias (which may hold arrays that are differentiated); s are
+      logits [B, H, t, s], the others broadcastable indices of batch, query head, query and key positions.
     sinks: [H], one more logit per head that takes probability and gives no value; counted in the log-sum-exp.
     scale: factor on q . k; None means D ** -0.5.
     soft_cap: bound on |scale * q . k|; None means none.
@@ -125,9 +130,11 @@ def attend(
   Source: arXiv:1706.03762 section 3.2.1; grouped heads arXiv:2305.13245; tiles arXiv:2205.14135, arXiv:2307.08691;
   soft cap arXiv:2408.00118; sinks arXiv:2508.10925.
   """
-  call, sinks = _checked(
-    q, k, v, mask, bias, logit_bias, sinks, scale, soft_cap, is_causal, segment_ids, kv_segment_ids,
-    query_seq_lengths, key_value_seq_lengths, positions, kv_positions, dropout_rate, dropout_key, precision,
+  call, sinks = checked(
+    q, k, v, mask=mask, bias=bias, logit_bias=logit_bias, score=score, sinks=sinks, scale=scale, soft_cap=soft_cap,
+    is_causal=is_causal, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, query_seq_lengths=query_seq_lengths,
+    key_value_seq_lengths=key_value_seq_lengths, positions=positions, kv_positions=kv_positions,
+    dropout_rate=dropout_rate, dropout_key=dropout_key, precision=precision,
   )  # fmt: skip
   if blocks is not None:
     check_blocks(blocks)
@@ -203,7 +210,7 @@ def add_sinks(out, lse, sinks):
   out, lse, sinks = jnp.asarray(out), jnp.asarray(lse), _floating('sinks', sinks)
   if sinks.shape != lse.shape[-1:]:
     raise ValueError(f'sinks have shape {sinks.shape}, expected [{lse.shape[-1]}], one per query head')
-  sink = jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
+  sink = jnp.zeros_like(lse) + sinks.astype(lse.dtype)  # placed as lse is, in a mesh with explicit axes
   return merge([(out, lse), (jnp.zeros_like(out), sink)])
 
 
@@ -215,11 +222,13 @@ def _reference(call: Call):
   s_BHTS = call.scale * s_BKGTS.reshape(B, H, T, S)
   if call.soft_cap is not None:
     s_BHTS = call.soft_cap * jnp.tanh(s_BHTS / call.soft_cap)
+  q_tokens, k_tokens = masks.tokens(T, call.positions), masks.tokens(S, call.kv_positions)
+  if call.score is not None:
+    s_BHTS = call.score.tile(s_BHTS, q_tokens, k_tokens)
   if call.bias is not None:
     s_BHTS += call.bias.astype(acc)
   if call.logit_bias is not None:
     s_BHTS += jnp.repeat(call.logit_bias.astype(acc), H // K, axis=2).transpose(0, 2, 1)[:, :, None, :]
-  q_tokens, k_tokens = masks.tokens(T, call.positions), masks.tokens(S, call.kv_positions)
   s_BHTS = jnp.where(call.mask.tile(q_tokens, k_tokens, B, H), s_BHTS, -jnp.inf)
 
   m_BHT1 = jax.lax.stop_gradient(jnp.max(s_BHTS, axis=-1, keepdims=True, initial=-jnp.inf))
@@ -238,9 +247,10 @@ def _reference(call: Call):
   return out, checkpoint_name(lse_BHT.transpose(0, 2, 1), 'attn_lse')
 
 
-def _checked(
-  q, k, v, mask, bias, logit_bias, sinks, scale, soft_cap, is_causal, segment_ids, kv_segment_ids,
-  query_seq_lengths, key_value_seq_lengths, positions, kv_positions, dropout_rate, dropout_key, precision,
+def checked(
+  q, k, v, *, mask=None, bias=None, logit_bias=None, score=None, sinks=None, scale=None, soft_cap=None,
+  is_causal=False, segment_ids=None, kv_segment_ids=None, query_seq_lengths=None, key_value_seq_lengths=None,
+  positions=None, kv_positions=None, dropout_rate=0.0, dropout_key=None, precision=None,
 ):  # fmt: skip
   """The input rules of `attend`, for every implementation: returns (Call, sinks)."""
   q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -263,6 +273,7 @@ def _checked(
     if logit_bias.shape not in ((B, S), (B, S, K)):
       raise ValueError(f'logit_bias has shape {logit_bias.shape}, expected {(B, S)} or {(B, S, K)}')
     logit_bias = jnp.broadcast_to(logit_bias.reshape(B, S, -1), (B, S, K))
+  score = None if score is None else biases.as_score(score)
   if sinks is not None:
     sinks = _floating('sinks', sinks)
     if sinks.shape != (H,):
@@ -284,7 +295,7 @@ def _checked(
   positions, kv_positions = (None if x is None else jnp.atleast_2d(x) for x in (positions, kv_positions))
   seed = dropout.seed_of(dropout_key) if dropout_rate else None
   call = Call(
-    q, k, v, bias, logit_bias, whole, positions, kv_positions, seed,
+    q, k, v, bias, logit_bias, score, whole, positions, kv_positions, seed,
     scale, soft_cap, float(dropout_rate), precision,
   )  # fmt: skip
   return call, sinks
@@ -293,7 +304,8 @@ def _checked(
 def _whole_mask(mask, is_causal, segment_ids, kv_segment_ids, lengths, positions, kv_positions, shape):
   """One mask from the mask and everything else that hides keys."""
   B, H, T, S = shape
-  whole = masks.everything() if mask is None else mask if isinstance(mask, masks.Mask) else masks.array(mask)
+  mask = masks.everything() if mask is None else mask
+  whole = mask if isinstance(mask, masks.Mask) else masks.array(jnp.asarray(mask))
   masks.check(whole, B, H, T, S)
   if is_causal:
     whole = masks.causal() & whole

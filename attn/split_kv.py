@@ -24,7 +24,7 @@ def attend(q, k, v, *, splits, kv_positions=None, positions=None, sinks=None, re
     positions: int [T] or [B, T] of the queries; None means 0..T-1.
     sinks: [H] logits that take probability, merged once, last.
     return_residual: also return the log-sum-exp [B, T, H].
-    **options: scale, soft_cap, is_causal, mask (of predicates on positions), precision and implementation of
+    **options: scale, soft_cap, score, is_causal, mask (of predicates on positions), precision and implementation of
       `softmax.attend`.
 
   Returns:
@@ -36,7 +36,7 @@ def attend(q, k, v, *, splits, kv_positions=None, positions=None, sinks=None, re
   Source: Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference",
   https://pytorch.org/blog/flash-decoding/; the merge arXiv:2205.14135 section 3.1.
   """
-  known = ('scale', 'soft_cap', 'is_causal', 'mask', 'precision', 'implementation', 'blocks')
+  known = ('scale', 'soft_cap', 'score', 'is_causal', 'mask', 'precision', 'implementation', 'blocks')
   for name in options:
     if name not in known:
       raise ValueError(f'{name} is not an option of split_kv.attend, expected one of {", ".join(known)}')
