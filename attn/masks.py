@@ -4,12 +4,19 @@ A mask is True where attention is allowed. Each predicate can be evaluated on a 
 implementations do), densely (`dense`, for tests and pictures), and on bounding boxes of tokens (`verdicts`: is the tile
 empty, full or partial?), so that work which a mask hides is skipped and never computed:
 
-    mask = causal() & (window(1024) | sink(4))   # mind the brackets: & binds tighter than |
+    mask = causal() & (window(1024) | sink(4))
+
+Mind the brackets: `a & b | c` is `(a & b) | c`. Without them `causal() & window(1024) | sink(4)` lets every query see
+the first 4 keys, also those that come after it: query 0 sees keys 1, 2 and 3. Masks refuse `and`, `or`, `not`.
 
 Predicates see *positions*: the place of a token in its text. They default to the index in the array; with a cache they
-are what the cache says. `document` and `array` are read by index, since they come as arrays. Masks are pytrees:
-numbers are static, arrays are leaves, so a mask passes through `jax.jit` and `jax.vmap` as any argument does. Work is
-planned from numbers and numpy arrays before anything runs; jax arrays are data, and are read where that pays.
+are what the cache says. `document` and `array` are read by index, since they come as arrays. Pictures and videos have
+coordinates on several axes, and texts beside them segments: `placed` gives a mask a layout (attn/layouts.py) to look
+them up in.
+
+Masks are pytrees: numbers are static, arrays are leaves, so a mask passes through `jax.jit` and `jax.vmap` as any
+argument does. Work is planned from numbers and numpy arrays before anything runs; jax arrays are data, and are read
+where that pays.
 """
 
 import math
@@ -23,28 +30,21 @@ import numpy as np
 from attn.arguments import booleans, integer, integers
 from attn.evaluate import check, dense, empty_rows, tokens, verdicts
 from attn.layouts import Layout
-from attn.predicates import (
-  EMPTY,
-  FULL,
-  PARTIAL,
+from attn.predicates import EMPTY, FULL, PARTIAL, Boxes, Everything, Mask, Tokens, Verdict
+from attn.radial import Radial
+from attn.segments import SameSegment, SegmentGraph, Segments
+from attn.sequence import (
   Array,
-  Boxes,
   Causal,
   Chunked,
   Dilated,
   Document,
-  Everything,
   Function,
   Lengths,
-  Mask,
   Occupied,
   Prefix,
-  Tokens,
-  Verdict,
   Window,
 )
-from attn.radial import Radial
-from attn.segments import SameSegment, SegmentGraph, Segments
 from attn.spatial import Band, Disc, Grouped, Neighborhood, Placed, RandomBlocks
 
 __all__ = [
@@ -167,7 +167,7 @@ def array(values) -> Mask:
 
 
 def recent(n: int) -> Mask:
-  """The n latest keys, the query's own included: query - n < key <= query. With sinks, `recent(n) | sink(m)`: A-shape."""
+  """The n latest keys, the query's own included: query - n < key <= query. `recent(n) | sink(m)` is an A-shape."""
   return Window(integer('n', n, 1) - 1, 0)
 
 
@@ -202,7 +202,7 @@ def random_blocks(seed: int, r: int, block: int, length: int) -> Mask:
   n = -(-length // block)
   r, rng = integer('r', r, 0, n + 1), np.random.default_rng(integer('seed', seed, 0))
   chosen = np.array([rng.choice(n, r, replace=False) for _ in range(n)], np.int32).reshape(n, r)
-  return RandomBlocks(chosen, block)
+  return RandomBlocks(chosen, block, length)
 
 
 def band(axis: int, low: int | None, high: int | None) -> Mask:
@@ -240,7 +240,7 @@ def neighborhood(shape, window, stride=1, dilation=1, is_causal=False) -> Mask:
   keys after the query are hidden. Without a layout, positions number the grid in row-major order.
 
   Args:
-    shape: tokens of the grid on each axis, () of integers. What stands outside sees nothing and is not seen.
+    shape: tokens of the grid on each axis. What stands outside sees nothing and is not seen.
     window: keys on each axis; an even window has one more before the query than after it.
     stride: from 1 to the window.
     dilation: at least 1; window * dilation <= shape.
@@ -331,7 +331,9 @@ def _integers(name, value, axis='B'):
     return int(value), None
   value = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
   if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim > 1:
-    raise ValueError(f'{name} has dtype {value.dtype} and shape {value.shape}, expected an integer or integers [{axis}]')
+    raise ValueError(
+      f'{name} has dtype {value.dtype} and shape {value.shape}, expected an integer or an int array [{axis}]'
+    )
   return None, value
 
 

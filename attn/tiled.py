@@ -54,7 +54,7 @@ def gradients(call, out, lse, d_out, d_lse, blocks=None):
     blocks: as `attend`.
 
   Returns:
-    A Call of gradients, in the dtypes of the arrays.
+    A Call of gradients, in at least float32: a sum of many parts is rounded once.
   """
   call, out, lse, d_out, d_lse, todo = _varying((call, out, lse, d_out, d_lse, work(call, blocks)))
   return _once(todo, call, out, lse, d_out, d_lse)
@@ -137,7 +137,9 @@ def _attend_fwd(todo, call):
 
 def _attend_bwd(residuals, cotangents):
   todo, call, out, lse = residuals
-  return jax.tree.map(_zero, todo), _once(todo, call, out, lse, *cotangents)
+  grads = _once(todo, call, out, lse, *cotangents)
+  typed = jax.tree.map(lambda x, grad: grad.astype(x.dtype) if _is_float(x) else grad, call, grads)
+  return jax.tree.map(_zero, todo), typed
 
 
 @jax.custom_jvp
@@ -244,10 +246,9 @@ def _as_call(call, grads):
   if call.bias is not None:
     grads['bias'] = grads['bias'][:, :, : call.bias.shape[2], : call.bias.shape[3]]
   score = iter(grads.pop('score', ()))
-  typed = {name: grad.astype(getattr(call, name).dtype) for name, grad in grads.items()}
-  typed['score'] = jax.tree.map(lambda y: next(score).astype(y.dtype) if _is_float(y) else _zero(y), call.score)
+  grads['score'] = jax.tree.map(lambda y: next(score) if _is_float(y) else _zero(y), call.score)
   none = {name: jax.tree.map(_zero, getattr(call, name)) for name in ('mask', 'positions', 'kv_positions', 'seed')}
-  return dataclasses.replace(call, **typed, **none)
+  return dataclasses.replace(call, **grads, **none)
 
 
 def _floats(tree):

@@ -7,7 +7,7 @@
 
 import difflib
 
-from attn.catalog import exact, rotary
+from attn.catalog import biases, exact, planned, rotary
 from attn.catalog.method import FAMILIES, Input, Limit, Method, State
 
 __all__ = ['FAMILIES', 'Input', 'Limit', 'Method', 'State', 'get', 'methods', 'register', 'table']
@@ -65,5 +65,5 @@ def table() -> str:
   return '\n'.join(rows) + '\n'
 
 
-for _record in (*exact.METHODS, *rotary.METHODS):
+for _record in (*exact.METHODS, *planned.METHODS, *rotary.METHODS, *biases.METHODS):
   register(_record)

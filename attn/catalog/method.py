@@ -9,6 +9,7 @@ from typing import Any
 FAMILIES = {
   'exact': 'Softmax attention, exactly: masks, shared heads, tiles, sinks, caches',
   'positions': 'Positions inside queries and keys',
+  'bias': 'Additive biases and score functions',
 }
 
 

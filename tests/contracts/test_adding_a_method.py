@@ -24,15 +24,15 @@ def test_the_example_runs(restored_catalog, capsys):
   text = PAGE.read_text(encoding='utf-8')
   blocks = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
   assert len(blocks) == 4
-  names: dict = {'__name__': 'alibi'}
+  names: dict = {'__name__': 'kerple'}
   for block in blocks:
     line = text[: text.index(block)].count('\n')
     exec(compile('\n' * line + block, str(PAGE), 'exec'), names)
   report = capsys.readouterr().out
   assert all(f'{x} ' in report for x in ('oracle', 'causality', 'padding', 'limits', 'sharded')), report
-  assert 'alibi' in catalog.table()
-  assert main(['alibi']) == 0
-  assert 'Press et al. 2022' in capsys.readouterr().out
+  assert 'kerple' in catalog.table()
+  assert main(['kerple']) == 0
+  assert 'Chi et al. 2022' in capsys.readouterr().out
 
 
 def test_what_the_page_names_exists():

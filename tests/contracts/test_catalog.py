@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import catalog, contracts, masks, positions, softmax, split_kv
+from attn import bias, block_sparse, catalog, contracts, low_rank, masks, plan, positions, softmax, split_kv
 from attn.cache import storage
 from attn.catalog import Method
 from attn.contracts.trial import Trial, compiled
@@ -47,6 +47,7 @@ def test_usage_runs_and_is_what_the_record_says(method):
   trial = Trial(method)
   inputs = trial.inputs(dtype=np.float32)
   names = {**vars(positions), 'softmax': softmax, 'masks': masks, 'split_kv': split_kv, 'storage': storage}
+  names |= {'bias': bias, 'low_rank': low_rank, 'block_sparse': block_sparse, 'plan': plan, 'np': np}
   names['positions'] = jnp.broadcast_to(jnp.arange(12), (2, 12))
   got = compiled(lambda inputs: eval(method.usage, {**names, **inputs}))(inputs)
   got = got[0] if isinstance(got, tuple) else got
@@ -75,7 +76,7 @@ def test_unknown_names_get_a_hint(name, near):
 
 def test_methods_by_family():
   assert catalog.methods('positions')[0].name == 'rotary'
-  assert len(catalog.methods('exact')) + len(catalog.methods('positions')) == len(METHODS)
+  assert sum(len(catalog.methods(family)) for family in catalog.FAMILIES) == len(METHODS)
   with pytest.raises(ValueError, match="family='spars'"):
     catalog.methods('spars')
 
