@@ -42,7 +42,8 @@ def generate(
     raise ValueError(f'prompt is {prompt.dtype} {prompt.shape}, expected integers [B, T], one token or more')
   B, T = prompt.shape
   lengths = jnp.full(B, T, jnp.int32) if lengths is None else jnp.asarray(lengths)
-  vocab = jax.eval_shape(lambda: model(jnp.zeros((1, 1), jnp.int32))).shape[-1]
+  one = lambda: model.extend_hidden(jnp.zeros((1, 1), jnp.int32), None, model.init_cache(1, 1))
+  vocab = jax.eval_shape(lambda: model.logits(one()[0])).shape[-1]
   check_prompt(prompt, lengths, vocab)
   check_sampling(max_new_tokens, temperature, top_k, top_p, key, stop_token, vocab)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn import masks, positions as attn_positions, softmax
+from attn import distributed, masks, positions as attn_positions, softmax
 from attn.cache import storage
 from models import layers
 
@@ -24,7 +24,11 @@ CHECKPOINT_NAMES = ('attn_out', 'attn_lse')  # what a remat policy may keep of a
 
 
 class Attention(nnx.Module):
-  """Causal softmax attention, grouped heads, rotary positions, optionally within a window or a chunk."""
+  """Causal softmax attention, grouped heads, rotary positions, optionally within a window or a chunk.
+
+  On a mesh (of jax.set_mesh) that cuts rows along their length, by an axis `context`, whole texts go through
+  `attn.distributed.ring`. With a state nothing changes.
+  """
 
   def __init__(self, spec, config, *, rngs):
     H, K, D = config.heads, config.K, config.D
@@ -75,7 +79,9 @@ class Attention(nnx.Module):
       'implementation': self.implementation,
     }
     if state is None:
-      out = softmax.attend(q, k, v, positions=positions, segment_ids=segment_ids, **options)
+      # Where the mesh cuts rows along their length, keys travel; the order of the tokens is that of `positions`.
+      attend = distributed.ring if distributed.parts() > 1 else softmax.attend
+      out = attend(q, k, v, positions=positions, segment_ids=segment_ids, **options)
     elif segment_ids is not None:
       raise ValueError('segment_ids with a cache: a row of a cache holds one text, expected None')
     else:

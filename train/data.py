@@ -10,6 +10,7 @@ import grain
 import jax
 import numpy as np
 
+from attn import zigzag
 from train.config import SEPARATOR
 
 
@@ -119,7 +120,15 @@ def local_rows(sharding, shape):
 
 
 def to_global(local, arrays, batch, sharding):
-  """Global [B, T] arrays from the rows `local` that this process has cut."""
+  """Global [B, T] arrays from the rows `local` that this process has cut.
+
+  Where the mesh cuts rows along their length, tokens stand in the order of attn.zigzag, and `positions` tell their
+  places in the text.
+  """
+  parts = sharding.mesh.shape.get('context', 1)
+  if parts > 1:
+    arrays = {**arrays, 'positions': positions(arrays['segment_ids'])}
+    arrays = {name: zigzag.permute(array, parts) for name, array in arrays.items()}
 
   def put(array):
     def part(index):
@@ -130,3 +139,10 @@ def to_global(local, arrays, batch, sharding):
     return jax.make_array_from_callback((batch, array.shape[1]), sharding, part)
 
   return {name: put(array) for name, array in arrays.items()}
+
+
+def positions(segment_ids):
+  """Places of tokens, counted from the first of their segment: segment_ids [B, T] -> int32 [B, T]."""
+  index = np.arange(segment_ids.shape[1], dtype=np.int32)
+  is_first = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+  return index - np.maximum.accumulate(np.where(is_first, index, 0), axis=1)

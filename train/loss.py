@@ -37,13 +37,14 @@ def of_model(model, batch, chunk=0):
 
   Args:
     model: with `hidden` and `logits`, as models.decoder.Decoder.
-    batch: dictionary of tokens, targets, segment_ids, weights, each [B, T].
+    batch: dictionary of tokens, targets, segment_ids, weights and, if tokens are not in their order, positions, each
+      [B, T].
     chunk: positions whose logits are held at a time, a divisor of T, computed again in the backward pass; 0 means T.
 
   Returns:
     As `cross_entropy`.
   """
-  hidden = model.hidden(batch['tokens'], segment_ids=batch['segment_ids'])
+  hidden = model.hidden(batch['tokens'], batch.get('positions'), batch['segment_ids'])
   B, T = hidden.shape[:2]
   if not chunk or chunk == T:
     return cross_entropy(model.logits(hidden), batch['targets'], batch['weights'])
@@ -55,6 +56,7 @@ def of_model(model, batch, chunk=0):
     part_sums = cross_entropy(model.logits(part[0]), part[1], part[2])
     return jax.tree.map(jnp.add, sums, part_sums), None
 
-  cut = lambda x: jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
+  # Part a takes tokens a, a + T / chunk, ...: each device keeps the tokens it has.
+  cut = lambda x: jnp.moveaxis(x.reshape(B, chunk, T // chunk, *x.shape[2:]), 2, 0)
   zeros = {name: jnp.zeros((), jnp.float32) for name in ('nll', 'tokens', 'byte_nll', 'bytes')}
   return jax.lax.scan(of_chunk, zeros, (cut(hidden), cut(batch['targets']), cut(batch['weights'])))[0]

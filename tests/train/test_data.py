@@ -83,7 +83,7 @@ def test_batches_visit_each_row_once_a_pass_and_continue_from_a_state():
   assert list(next(data.batches(rows, 4, placed, seed=8))[0]) != list(drawn[0][0])
 
 
-@pytest.mark.parametrize('mesh', [{'data': 1}, {'data': 4, 'context': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+@pytest.mark.parametrize('mesh', [{'data': 1}, {'data': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
 def test_global_arrays_hold_the_rows(mesh):
   rows, placed = data.Rows(FILES, 4), on(mesh)
   chosen, local, arrays = next(data.batches(rows, 4, placed, seed=0))
