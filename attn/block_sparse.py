@@ -58,7 +58,7 @@ def attend(q, k, v, plan, *, mask=None, sinks=None, return_residual=False, **opt
     raise ValueError(f'plan.block_q={plan.block_q} must be a multiple of 8')
   if mask is not None:
     mask = mask if isinstance(mask, masks.Mask) else masks.array(jnp.asarray(mask))
-    masks.check(mask, B, H, T, S)
+    masks.check(mask, B, H, T, S, is_default=(call.positions is None, call.kv_positions is None))
   out, lse = tiled.visit(work(plan, mask, is_open=isinstance(call.mask, masks.Everything)), call)
   if sinks is not None:
     out, lse = softmax.add_sinks(out, lse, sinks)

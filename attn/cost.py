@@ -143,7 +143,7 @@ class Attention:
 
   def __post_init__(self):
     s = self.sizes
-    masks.check(self.mask, s.B, s.H, s.T, s.S)
+    masks.check(self.mask, s.B, s.H, s.T, s.S, is_default=(True, True))
     whole = (s.B, s.H, s.T, s.S)
     if self.bias is not None and (len(self.bias) != 4 or any(n not in (1, want) for n, want in zip(self.bias, whole))):
       raise ValueError(f'bias={self.bias} must be a shape of 4 axes that broadcasts to {whole} [B, H, T, S]')

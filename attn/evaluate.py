@@ -113,8 +113,9 @@ def empty_rows(
   def sees(tile):
     """[1 or B, 1 or H, block]: whether queries of a tile see any of its keys."""
     rows, columns = tile[:, None] * block + jnp.arange(block)
+    # Beyond the end the last token is looked at again, which adds nothing.
     cut = lambda side, at: jax.tree.map(lambda x: jnp.take(x, at, axis=2, mode='clip'), side)
-    return (mask.tile(cut(q, rows), cut(k, columns), batch, heads) & (columns < S)).any(-1)
+    return mask.tile(cut(q, rows), cut(k, columns), batch, heads).any(-1)
 
   found = np.repeat(np.asarray(every.any(-1)), block, axis=2)
   if len(todo):

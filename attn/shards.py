@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from attn import masks, predicates, sequence, softmax
+from attn import masks, predicates, sequence, softmax, spatial
 
 OPTIONS = ('is_causal', 'scale', 'soft_cap', 'precision', 'implementation', 'blocks')  # static, of softmax.attend
 
@@ -182,9 +182,9 @@ def call(
       raise ValueError(f'{name} came without kv_{name}, and T={T} queries are not S={S} keys')
   q_tokens = Tokens(_numbers('positions', positions, B, T), _ids('segment_ids', segment_ids, B, T))
   kv_positions = positions if kv_positions is None else kv_positions
+  mask = _by_position(mask, B, H, T, S, is_default=(positions is None, kv_positions is None))
   kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
   kv_tokens = Tokens(_numbers('kv_positions', kv_positions, B, S), _ids('kv_segment_ids', kv_segment_ids, B, S))
-  mask = _by_position(mask, B, H, T, S)
   shard = Shard(axis, mesh.shape[axis], batch, heads, tuple(sorted(options.items())))
   return Call(q, k, v, q_tokens, kv_tokens, mask, mesh, shard, is_query_cut)
 
@@ -214,12 +214,12 @@ def _ids(name, x, B, n):
   return jnp.atleast_2d(x)
 
 
-def _by_position(mask, B, H, T, S):
+def _by_position(mask, B, H, T, S, is_default):
   """The mask, if it goes by positions alone: indices change their meaning when arrays are cut."""
   if mask is not None and not isinstance(mask, masks.Mask):
     raise ValueError(f'mask is a {type(mask).__name__}, expected a mask of predicates on positions')
   mask = masks.everything() if mask is None else mask
-  masks.check(mask, B, H, T, S)
+  masks.check(mask, B, H, T, S, is_default=is_default)
 
   def check(part):
     if isinstance(part, sequence.Array | sequence.Document | sequence.Lengths):
@@ -227,12 +227,14 @@ def _by_position(mask, B, H, T, S):
         f'mask has a part {type(part).__name__} that goes by index, expected predicates on positions (documents: '
         'segment_ids; padding: negative positions)'
       )
+    if isinstance(part, spatial.Grouped) and np.ndim(part.shift) and len(part.shift) > 1:
+      raise ValueError(f'mask has groups with a shift for each head, {part.shift}: expected one shift for all heads')
     return part
 
   return _map_predicates(check, mask)
 
 
 def _map_predicates(f, mask):
-  """The mask with f of it in place of every predicate."""
-  is_joined = lambda x: isinstance(x, predicates.And | predicates.Or | predicates.Not)
+  """The mask with f of it in place of every predicate, and of every array of a layout."""
+  is_joined = lambda x: isinstance(x, predicates.And | predicates.Or | predicates.Not | spatial.Placed)
   return jax.tree.map(f, mask, is_leaf=lambda x: isinstance(x, masks.Mask) and not is_joined(x))

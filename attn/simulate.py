@@ -151,7 +151,7 @@ def pairs(
 ) -> float:
   """Allowed pairs of a query and a key, mean over the batch and heads: O(TS) time and O(S) memory."""
   S = T if S is None else S
-  masks.check(mask, batch, heads, T, S)
+  masks.check(mask, batch, heads, T, S, is_default=(positions is None, kv_positions is None))
   q, k = masks.tokens(T, positions), masks.tokens(S, kv_positions)
   rows = max(1, 2**22 // max(1, S * batch * heads))
 

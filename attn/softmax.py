@@ -306,7 +306,7 @@ def _whole_mask(mask, is_causal, segment_ids, kv_segment_ids, lengths, positions
   B, H, T, S = shape
   mask = masks.everything() if mask is None else mask
   whole = mask if isinstance(mask, masks.Mask) else masks.array(jnp.asarray(mask))
-  masks.check(whole, B, H, T, S)
+  masks.check(whole, B, H, T, S, is_default=(positions is None, kv_positions is None))
   if is_causal:
     whole = masks.causal() & whole
   if kv_segment_ids is not None and segment_ids is None:

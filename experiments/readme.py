@@ -41,6 +41,9 @@ def figures(root=ROOT):
   for name, part in bench.items():
     rows += PARTS[name](part)
     places.append(_place('`make bench`', part))
+  if sparse := _read(root, 'bench_sparse.json'):
+    rows += _sparse(sparse)
+    places.append(_place('plans (`python -m experiments.bench_sparse`)', sparse))
   for name, command in (('quickstart', '`make train`'), ('quickstart_long', 'a longer run')):
     if run := _read(root, f'{name}.json'):
       rows.append(_run_row(command, run))
@@ -59,6 +62,16 @@ def _attention(part):
     figure = f'{row["first_bytes"][-1] / 2**20:.0f} MiB ({row["second_bytes"][-1] / 2**20:,.0f} MiB)'
     rows.append((what, f'{figure}, grows as T^{row["first_exponent"]:.2f} (T^{row["second_exponent"]:.2f})', 'T^1'))
   return rows
+
+
+def _sparse(stored):
+  label = lambda row: f'{row["pattern"]}, T = {row["T"]:,}, {row["pass"]}: full attention over the plan\'s time'
+  figure = lambda row: f'{row["ratio"]:.1f}, {row["counted"]:.1f} counted in tiles'
+  goal = lambda row: f'{row["at_least"] * row["counted"]:.1f}'
+  rows = [(label(row), figure(row), goal(row)) for row in stored['times']]
+  made = stored['planning']
+  what = f'plan of a causal window with sinks in documents, {made["T"]:,} tokens, tiles of {made["block"]}'
+  return [*rows, (what, f'{made["seconds"]:.2f} s', f'{made["at_most"]:.0f} s')]
 
 
 def _loop(part):

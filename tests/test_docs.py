@@ -129,8 +129,9 @@ def test_python_blocks(path, folder, monkeypatch):
   if "'runs/" in ''.join(found) and not (folder / 'runs/first').exists():
     run(next(line for line in commands() if '--workdir=runs/first ' in line), folder)
   monkeypatch.chdir(folder)
+  names = {'__name__': path.name}  # a block may use what an earlier one made
   for block in found:
-    exec(compile(block, path.name, 'exec'), {'__name__': path.name})
+    exec(compile(block, path.name, 'exec'), names)
 
 
 def test_make_lists_every_target():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from attn import distributed, masks, softmax, zigzag
+from attn import distributed, layouts, masks, softmax, zigzag
 from tests.attn import oracle
 from tests.attn.softmax_cases import QUICK, inputs
 
@@ -43,6 +43,10 @@ SEEN = {
   'rows': (masks.causal() | masks.prefix(np.array([9, 3])), lambda b, h, i, j, t, s: j <= i or j < (9, 3)[b]),
   'function': (
     masks.function(quadrant, np.int32(1)), lambda b, h, i, j, t, s: (i - j) % (2 + b + h // 4) < 1 or j == 0,
+  ),
+  'placed': (
+    masks.placed(masks.disc(2) & masks.causal(np.array([0, 6])), layouts.grid(4, 6)),
+    lambda b, h, i, j, t, s: (i // 6 - j // 6) ** 2 + (i % 6 - j % 6) ** 2 < 4 and j <= i + (0, 6)[b],
   ),
 }  # fmt: skip
 
@@ -117,6 +121,7 @@ CASES = [  # mesh, order, mask, are there segments, soft cap; those with a new m
   ('data2context4', 'ragged', 'window or sink', True, 2.0),
   ('data2context2tensor2', 'zigzag2', 'function', False, None),
   ('data2context2tensor2', 'plain', 'function', False, None),
+  ('data2context2tensor2', 'zigzag2', 'placed', False, None),
 ]
 MORE_CASES = [
   ('context8', 'plain', 'all', False, None),
@@ -293,6 +298,9 @@ def test_zigzag_balances_the_work_of_every_hop():
     ('all_to_all', {'heads': 2}, 'H=2 query heads a device: expected a multiple of mesh axis context=4 .`ring` needs'),
     ('ring', {'mask': masks.document(np.zeros(24, int))}, 'a part Document that goes by index'),
     ('ring', {'mask': masks.causal() & ~masks.array(np.ones((24, 24), bool))}, 'a part Array that goes by index'),
+    ('ring', {'mask': masks.placed(masks.document(np.zeros(24, int)), layouts.line(24))}, 'Document that goes by index'),
+    ('all_to_all', {'mask': masks.grouped(4, np.arange(8))}, 'groups with a shift for each head'),
+    ('ring', {'mask': masks.placed(masks.causal(), layouts.line(25))}, 'layout has 25 tokens for 24'),
     ('ring', {'mask': np.ones((24, 24), bool)}, 'mask is a ndarray, expected a mask of predicates'),
     ('all_to_all', {'bias': np.zeros((24, 24))}, 'bias is not an option of attention over devices, expected one of'),
     ('ring', {'positions': np.arange(23)}, r'positions have shape \(23,\).*expected integers \[24\] or \[2, 24\]'),
