@@ -4,6 +4,9 @@
     python -m attn --family exact      # of one family
     python -m attn sliding_window      # one of them: formula, paper, shapes, cost, limit cases, contracts
     python -m attn yarn --json         # for programs
+    python -m attn causal --shape T=8192,H=32,K=8,D=128     # FLOPs, bytes and time there, on each chip
+    python -m attn sliding_window --draw mask.png           # its mask; .svg for a page
+    python -m attn --mask 'causal() & (window(7) | sink(2))' --draw mask.png --shape T=64
 """
 
 import argparse
@@ -28,20 +31,70 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('name', nargs='?', help='a method to describe; without it, all are listed')
   parser.add_argument('--family', metavar='FAMILY', help=f'list this family alone: {", ".join(catalog.FAMILIES)}')
   parser.add_argument('--json', action='store_true', help='print JSON')
+  parser.add_argument(
+    '--shape', metavar='T=8192,H=32', help='what the method costs at these lengths of B, T, S, H, K, D, V'
+  )
+  parser.add_argument('--mask', metavar='MASK', help="in place of the method's own, as 'causal() & window(1023)'")
+  parser.add_argument('--draw', metavar='FILE', help="draw the method's mask, or that of --mask, as .png or .svg")
+  parser.add_argument('--dtype', help='with --shape: of q, k and v; bfloat16 by default')
+  parser.add_argument('--hardware', metavar='CHIP', help='with --shape: one chip, or all (by default)')
+  parser.add_argument('--backward', action='store_true', help='with --shape: the backward in place of the forward')
   args = parser.parse_args(argv)
   try:
-    if args.name is None:
+    _check(args)
+    if args.draw is not None:
+      _draw(args)
+    elif args.name is None:
       found = catalog.methods(args.family)
       print(json.dumps([summary(x) for x in found], indent=2) if args.json else table(found))
     elif args.family is not None:
       raise ValueError(f'name={args.name!r} and --family={args.family!r} exclude each other')
+    elif args.shape is not None:
+      print(_cost(args))
     else:
       method = catalog.get(args.name)
       print(json.dumps(record(method), indent=2) if args.json else describe(method))
-  except ValueError as error:
+  except (ValueError, NotImplementedError, ImportError, OSError) as error:
     print(f'python -m attn: {error}', file=sys.stderr)
     return 2
   return 0
+
+
+def _check(args) -> None:
+  """Refuses options that would do nothing."""
+  if args.shape is not None and args.name is None and args.draw is None:
+    raise ValueError(f'--shape={args.shape!r} needs the name of a method')
+  if args.draw is not None:
+    unused = [x for x in ('family', 'dtype', 'hardware', 'backward') if getattr(args, x)]
+    if unused:
+      raise ValueError(f'--draw and --{unused[0]} exclude each other')
+    return
+  if args.mask and args.name is None:
+    raise ValueError('--mask needs --draw, or the name of a method and --shape')
+  for option in ('dtype', 'hardware', 'backward', 'mask'):
+    if getattr(args, option) and args.shape is None:
+      raise ValueError(f'--{option} needs --shape')
+
+
+def _draw(args) -> None:
+  from attn import method_picture
+
+  method = None if args.name is None else catalog.get(args.name)
+  picture, notes = method_picture.written(args.draw, method=method, mask=args.mask, shape=args.shape)
+  for note in notes:
+    print(f'python -m attn: {note}', file=sys.stderr)
+  facts = {'file': args.draw, 'title': picture.title, **picture.facts}
+  print(json.dumps(facts, indent=2) if args.json else f'{args.draw}: {picture.title}')
+
+
+def _cost(args) -> str:
+  from attn import method_cost
+
+  report = method_cost.report(
+    catalog.get(args.name), args.shape, dtype=args.dtype or 'bfloat16', chips=args.hardware or 'all', mask=args.mask,
+    is_backward=args.backward,
+  )  # fmt: skip
+  return json.dumps(report, indent=2) if args.json else method_cost.text(report, _width())
 
 
 def summary(method: Method) -> dict[str, str]:

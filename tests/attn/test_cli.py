@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from attn import catalog, contracts
+from attn import catalog, contracts, hardware
 from attn.__main__ import main
 
 
@@ -72,6 +72,96 @@ def test_waivers_are_shown(capsys, monkeypatch):
   ],
 )
 def test_errors_help_and_give_code_2(capsys, args, words):
+  code, out, err = run(capsys, *args)
+  assert (code, out) == (2, '') and words in err and 'Traceback' not in err
+
+
+SHAPE = ['--shape', 'B=2,T=1024,H=8,K=2,D=128']
+
+
+def test_cost(capsys):
+  code, out, err = run(capsys, 'causal', *SHAPE, '--hardware', 'v5e')
+  assert (code, err) == (0, '')
+  assert 'cost of the forward' in out and 'B=2 T=1024 S=1024 H=8 K=2 D=128 V=128   (by default: S, V)' in out
+  assert 'mask    causal()' in out and 'bfloat16' in out and 'left out for want of a figure: launch (v5e)' in out
+  assert [x.split()[0] for x in out.splitlines() if x.startswith(('v5e', 'H100'))] == ['v5e']
+  assert max(len(x) for x in out.splitlines()) <= 130
+  every = run(capsys, 'causal', *SHAPE)[1]
+  assert all(any(x.startswith(f'{name} ') for x in every.splitlines()) for name in hardware.HARDWARE)
+
+
+def test_cost_as_json(capsys):
+  code, out, _ = run(capsys, 'softmax', *SHAPE, '--hardware', 'H100', '--json', '--dtype', 'float16')
+  got = json.loads(out)
+  (row,) = got['hardware']
+  assert code == 0 and got['shape'] == {'B': 2, 'T': 1024, 'S': 1024, 'H': 8, 'K': 2, 'D': 128, 'V': 128}
+  assert row['matmul_flops'] == {'float16': 2 * 2 * 8 * 1024**2 * 256} and row['visited_share'] == 1
+  assert row['passes'] == 1 and row['fast_bytes'] <= row['fast_bytes_there']
+  assert row['seconds'] == max(row['parts'].values()) == row['parts'][row['bound']]
+  back = json.loads(run(capsys, 'softmax', *SHAPE, '--hardware', 'H100', '--json', '--backward')[1])
+  assert back['direction'] == 'backward'
+  assert sum(back['hardware'][0]['matmul_flops'].values()) == 2.5 * 2 * 2 * 8 * 1024**2 * 256
+
+
+def test_the_mask_that_is_costed_is_said(capsys):
+  own = run(capsys, 'sliding_window', *SHAPE, '--hardware', 'v5e')[1]
+  assert "causal() & window(3)   (the catalog's, sized for 12 tokens: --mask costs another)" in own
+  other = run(capsys, 'sliding_window', *SHAPE, '--hardware', 'v5e', '--mask', 'causal() & window(511)')[1]
+  assert 'causal() & window(511)   (--mask)' in other and 'window(3)' not in other
+  shares = [
+    json.loads(run(capsys, 'causal', *SHAPE, '--hardware', 'v5e', '--json', '--mask', text)[1])['hardware'][0]
+    for text in ('causal() & window(100)', 'causal() & window(500)', 'causal()')
+  ]
+  shares = [x['visited_share'] for x in shares]
+  assert shares == sorted(shares) and shares[0] < shares[2]
+
+
+@pytest.mark.parametrize('method', catalog.methods(), ids=lambda x: x.name)
+def test_every_method_has_a_cost_or_says_why_not(capsys, method):
+  code, out, err = run(capsys, method.name, '--shape', 'T=256,H=8', '--hardware', 'v5e')
+  if code == 0:
+    assert method.title in out and 'v5e' in out and err == ''
+  else:
+    assert code == 2 and out == '' and f'no cost model for {method.name}' in err
+  assert method.family != 'exact' or code == 0 or method.path == 'attn.block_sparse.attend'
+
+
+def test_cost_of_shared_heads_and_caches(capsys):
+  read = lambda *args: json.loads(run(capsys, *args, '--json', '--hardware', 'v5e')[1])
+  assert read('multi_query', '--shape', 'T=256')['shape']['K'] == 1
+  step = read('cached', '--shape', 'T=1,S=4096,K=8')
+  assert step['mask'] == 'causal(4095)' and step['hardware'][0]['visited_share'] == 1
+  assert step['hardware'][0]['read_bytes'] == 2 * (4096 * 8 * 256 + 32 * 128)
+  wide = read('flash_bias', '--shape', 'T=256,H=8')
+  assert 'D is 131' in wide['notes'][0]
+
+
+@pytest.mark.parametrize(
+  'args, words',
+  [
+    (['causal', '--shape', 'T=8,X=2'], "--shape has the unknown axis 'X': expected one of B, T, S, H, K, D, V"),
+    (['causal', '--shape', 't=8'], 'did you mean T?'),
+    (['causal', '--shape', 'T=many'], "--shape has T='many', expected an integer"),
+    (['causal', '--shape', 'T=1e3'], "T='1e3'"),
+    (['causal', '--shape', 'T=0'], "T='0'"),
+    (['causal', '--shape', 'T=-4'], "T='-4'"),
+    (['causal', '--shape', 'T=99999999999999999999999999'], 'expected an integer from 1 to'),
+    (['causal', '--shape', 'T=8,T=9'], 'T twice'),
+    (['causal', '--shape', 'T'], 'expected LETTER=LENGTH'),
+    (['causal', '--shape', ''], 'expected LETTER=LENGTH'),
+    (['causal', '--shape', 'H=6,K=4'], 'K=4 key heads must divide H=6'),
+    (['multi_query', '--shape', 'H=6,K=2'], 'multi_query has one key head'),
+    (['causal', '--shape', 'T=8', '--hardware', 'H10'], 'did you mean H100'),
+    (['causal', '--shape', 'T=8', '--dtype', 'bfloat'], 'did you mean bfloat16'),
+    (['causal', '--shape', 'T=8', '--mask', 'casual()'], 'causal'),
+    (['causal', '--shape', 'T=8', '--mask', 'causal('], 'causal('),
+    (['causl', '--shape', 'T=8'], 'did you mean causal'),
+    (['--shape', 'T=8'], 'needs the name of a method'),
+    (['causal', '--backward'], '--backward needs --shape'),
+    (['yarn', '--shape', 'T=8'], 'no cost model for yarn (family positions): its function is attn.positions.rotate'),
+  ],
+)
+def test_bad_shapes_help_and_give_code_2(capsys, args, words):
   code, out, err = run(capsys, *args)
   assert (code, out) == (2, '') and words in err and 'Traceback' not in err
 

@@ -298,7 +298,7 @@ def test_zigzag_balances_the_work_of_every_hop():
     ('all_to_all', {'heads': 2}, 'H=2 query heads a device: expected a multiple of mesh axis context=4 .`ring` needs'),
     ('ring', {'mask': masks.document(np.zeros(24, int))}, 'a part Document that goes by index'),
     ('ring', {'mask': masks.causal() & ~masks.array(np.ones((24, 24), bool))}, 'a part Array that goes by index'),
-    ('ring', {'mask': masks.placed(masks.document(np.zeros(24, int)), layouts.line(24))}, 'Document that goes by index'),
+    ('ring', {'mask': masks.placed(masks.document(np.zeros(24, int)), layouts.line(24))}, 'Document that goes'),
     ('all_to_all', {'mask': masks.grouped(4, np.arange(8))}, 'groups with a shift for each head'),
     ('ring', {'mask': masks.placed(masks.causal(), layouts.line(25))}, 'layout has 25 tokens for 24'),
     ('ring', {'mask': np.ones((24, 24), bool)}, 'mask is a ndarray, expected a mask of predicates'),
