@@ -67,6 +67,10 @@ def small(command, folder):
       words.append(f'--config.data.source={text_files(folder)}')
   elif module == 'experiments.bench_core':
     words = [*(words or ['--only=import']), '--tiny', f'--out={folder}/bench.json']
+  elif module == 'attn' and '--draw' in words:
+    file = folder / words[words.index('--draw') + 1]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    words[words.index('--draw') + 1] = str(file)
   elif module == 'experiments.readme':
     words = ['--check']
   elif module == 'pytest':

@@ -19,7 +19,8 @@ def test_every_figure_has_a_source_or_a_reason(chip):
   assert set(chip.sources) == set(FIGURES) == {x.name for x in dataclasses.fields(chip)} - {'name', 'kind', 'sources'}
   for name in FIGURES:
     source, figure = chip.sources[name], getattr(chip, name)
-    says_where = any(x in source for x in ('https://', 'JAX', 'whitepaper', 'assumed', 'a call of a function', 'libtpu'))
+    words = ('https://', 'JAX', 'whitepaper', 'assumed', 'a call of a function', 'libtpu')
+    says_where = any(x in source for x in words)
     assert says_where if figure is not None else 'not published' in source or 'no links' in source, (name, source)
   assert chip.matmul and all(x > 0 for x in chip.matmul.values())
   assert chip.kind == 'cpu' or all('assumed' not in x for x in chip.sources.values())
