@@ -77,7 +77,7 @@ def _check(args) -> None:
 
 
 def _draw(args) -> None:
-  from attn import method_picture
+  from attn.draw import method_picture
 
   method = None if args.name is None else catalog.get(args.name)
   picture, notes = method_picture.written(args.draw, method=method, mask=args.mask, shape=args.shape)
@@ -88,7 +88,7 @@ def _draw(args) -> None:
 
 
 def _cost(args) -> str:
-  from attn import method_cost
+  from attn.cost import method_cost
 
   report = method_cost.report(
     catalog.get(args.name), args.shape, dtype=args.dtype or 'bfloat16', chips=args.hardware or 'all', mask=args.mask,

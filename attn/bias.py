@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn import masks
-from attn.predicates import Tokens, column, row
+from attn.masks.predicates import Tokens, column, row
 
 
 @jax.tree_util.register_dataclass

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn import masks, plan as plans, spatial
+from attn import masks, plan as plans
 from attn.arguments import integer, integers
+from attn.masks import spatial
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

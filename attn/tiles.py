@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attn import dropout, masks
-from attn.predicates import column, register, row, static
+from attn.masks.predicates import column, register, row, static
 
 
 @register

@@ -102,7 +102,7 @@ class MeshConfig:
   Attributes:
     data: copies of the model, each with its own rows; -1 means what the other axes leave.
     fsdp: parts that parameters and rows are both cut into.
-    context: parts a row is cut into; attention then goes around a ring of devices (attn/distributed.py).
+    context: parts a row is cut into; attention then goes around a ring of devices (attn/distributed/).
     tensor: parts that heads and the inside of MLPs are cut into.
   """
 

@@ -10,7 +10,7 @@ import grain
 import jax
 import numpy as np
 
-from attn import zigzag
+from attn.distributed import zigzag
 from train.config import SEPARATOR
 
 
@@ -122,8 +122,8 @@ def local_rows(sharding, shape):
 def to_global(local, arrays, batch, sharding):
   """Global [B, T] arrays from the rows `local` that this process has cut.
 
-  Where the mesh cuts rows along their length, tokens stand in the order of attn.zigzag, and `positions` tell their
-  places in the text.
+  Where the mesh cuts rows along their length, tokens stand in the order of attn.distributed.zigzag, and `positions`
+  tell their places in the text.
   """
   parts = sharding.mesh.shape.get('context', 1)
   if parts > 1:

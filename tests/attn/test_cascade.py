@@ -1,12 +1,12 @@
-"""attn.cascade: passes counted in the graph, operations, and the same numbers from every cascade."""
+"""attn.cost.cascade: passes counted in the graph, operations, and the same numbers from every cascade."""
 
 import math
 
 import numpy as np
 import pytest
 
-from attn import cascade
-from attn.cascade import einsum, passes
+from attn.cost import cascade
+from attn.cost.cascade import einsum, passes
 from tests.attn import tiler
 
 SIZES = {'e': 4, 'f': 5, 'p': 3, 'm': 12, 'm1': 3, 'm0': 4}

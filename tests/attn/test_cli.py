@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from attn import catalog, contracts, hardware
+from attn import catalog, contracts
 from attn.__main__ import main
+from attn.cost import hardware
 
 
 def run(capsys, *args):

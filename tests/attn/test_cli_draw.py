@@ -6,8 +6,9 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from attn import catalog, masks, method_picture
+from attn import catalog, masks
 from attn.__main__ import main
+from attn.draw import method_picture
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_errors_give_code_2_and_no_file(run, args, words):
 
 
 def test_bad_paths_are_refused_before_anything_is_computed(run, monkeypatch):
-  monkeypatch.setattr('attn.cells.of_look', lambda *_: pytest.fail('computed'))
+  monkeypatch.setattr('attn.draw.cells.of_look', lambda *_: pytest.fail('computed'))
   assert run('causal', '--draw', 'FILE.gif', '--shape', 'T=1000000')[0] == 2
   assert run('--mask', 'causal() & window(3) | sink(4)', '--draw', '/no/such/folder/x.png')[0] == 2
 

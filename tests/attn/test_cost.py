@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from attn import bias, cost, hardware, masks, op_count, roofline, softmax, tiled
-from attn.cost import Attention, Sizes
+from attn import bias, cost, masks, softmax, tiled
+from attn.cost import Attention, Sizes, hardware, op_count, roofline
 from attn.softmax import Blocks
 from tests.attn import oracle, tiler
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from attn import distributed, layouts, masks, softmax, zigzag
+from attn import distributed, layouts, masks, softmax
+from attn.distributed import zigzag
 from tests.attn import oracle
 from tests.attn.softmax_cases import QUICK, inputs
 

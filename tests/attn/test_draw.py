@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attn import cells, draw, layouts, masks, picture, plan
+from attn import draw, layouts, masks, plan
+from attn.draw import cells, picture
 from attn.masks import causal, document, prefix, sink, window
 
 TWO_HEADS = plan.from_blocks(np.ones((1, 2, 1, 1), bool), T=8, S=8, block_q=8, block_kv=8)
@@ -295,7 +296,8 @@ def test_weights_of_queries_and_keys():
 def test_long_attention_is_pooled():
   rng = np.random.default_rng(1)
   q, k = (rng.normal(size=(1, 150, 1, 8)).astype(np.float32) for _ in range(2))
-  from attn import attention_picture, softmax
+  from attn import softmax
+  from attn.draw import attention_picture
 
   weights = softmax.attend(q, k, np.eye(150, dtype=np.float32)[None, :, None], is_causal=True)[0, :, 0]
   want = np.asarray(weights, np.float64).reshape(50, 3, 50, 3).sum(3).mean(1)

@@ -1,11 +1,11 @@
-"""attn.hardware: every figure has a source, and figures agree with each other."""
+"""attn.cost.hardware: every figure has a source, and figures agree with each other."""
 
 import dataclasses
 
 import pytest
 
-from attn import hardware
-from attn.hardware import FIGURES, HARDWARE
+from attn.cost import hardware
+from attn.cost.hardware import FIGURES, HARDWARE
 
 CHIPS = ['v4', 'v5e', 'v5p', 'v6e', 'tpu7x', 'A100', 'H100', 'H200', 'B200', 'cpu']
 

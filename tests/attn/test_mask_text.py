@@ -1,4 +1,4 @@
-"""attn.mask_text: masks as text, there and back; what is refused, and where."""
+"""attn.masks.text: masks as text, there and back; what is refused, and where."""
 
 import ast
 import inspect
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from attn import layouts, mask_text, masks
-from attn.masks import causal, document, prefix, sink, window
+from attn import layouts, masks
+from attn.masks import causal, document, prefix, sink, text as mask_text, window
 
 LEAVES = [
   'causal()', 'causal(-3)', 'window(3)', 'window(2, 1)', 'window(None, 4)', 'window(5, None)', 'chunked(4)',

@@ -1,12 +1,12 @@
-"""attn.roofline by hand: times, tiles that fit, occupancy, rings, decoding, I/O bounds."""
+"""attn.cost.roofline by hand: times, tiles that fit, occupancy, rings, decoding, I/O bounds."""
 
 import dataclasses
 import math
 
 import pytest
 
-from attn import cost, hardware, masks, roofline
-from attn.cost import Attention, Cost, Sizes
+from attn import cost, masks
+from attn.cost import Attention, Cost, Sizes, hardware, roofline
 from attn.softmax import Blocks
 
 # Round figures: 100 FLOP/s, 10 bytes/s, 4 exponentials/s, 20 operations/s, half a second a launch.

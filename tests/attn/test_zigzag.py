@@ -1,10 +1,10 @@
-"""attn.zigzag: the order of tokens in which every device has the same causal work."""
+"""attn.distributed.zigzag: the order of tokens in which every device has the same causal work."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import zigzag
+from attn.distributed import zigzag
 
 
 def test_hand_example():

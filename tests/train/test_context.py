@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from attn import zigzag
+from attn.distributed import zigzag
 from models import decoder
 from models.config import LayerSpec
 from models.generate import generate

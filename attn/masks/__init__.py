@@ -28,12 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.arguments import booleans, integer, integers
-from attn.evaluate import check, dense, empty_rows, tokens, verdicts
 from attn.layouts import Layout
-from attn.predicates import EMPTY, FULL, PARTIAL, Boxes, Everything, Mask, Tokens, Verdict
-from attn.radial import Radial
-from attn.segments import SameSegment, SegmentGraph, Segments
-from attn.sequence import (
+from attn.masks.evaluate import check, dense, empty_rows, tokens, verdicts
+from attn.masks.predicates import EMPTY, FULL, PARTIAL, Boxes, Everything, Mask, Tokens, Verdict
+from attn.masks.radial_bands import Radial
+from attn.masks.segment_graphs import SameSegment, SegmentGraph, Segments
+from attn.masks.sequence import (
   Array,
   Causal,
   Chunked,
@@ -45,7 +45,7 @@ from attn.sequence import (
   Prefix,
   Window,
 )
-from attn.spatial import Band, Disc, Grouped, Neighborhood, Placed, RandomBlocks
+from attn.masks.spatial import Band, Disc, Grouped, Neighborhood, Placed, RandomBlocks
 
 __all__ = [
   'EMPTY',
@@ -264,7 +264,7 @@ def neighborhood(shape, window, stride=1, dilation=1, is_causal=False) -> Mask:
 
 
 def radial(shape, decay: float, *, block: int = 128, has_sink: bool = False) -> Mask:
-  """Radial attention: the farther two frames of a video are apart, the nearer a key must be; see attn/radial.py.
+  """Radial attention: the farther apart two frames are, the nearer a key must be; see attn/masks/radial_bands.py.
 
   Args:
     shape: (frames, tokens of a frame) or (frames, height, width).

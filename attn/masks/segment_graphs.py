@@ -1,12 +1,12 @@
-"""Predicates of segments, the parts of a layout: which part sees which; made by attn/masks.py."""
+"""Predicates of segments, the parts of a layout: which part sees which; made by attn/masks/."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from attn.predicates import UNKNOWN, Mask, Verdict, column, equal, register, row, static
-from attn.spatial import bounds, product
+from attn.masks.predicates import UNKNOWN, Mask, Verdict, column, equal, register, row, static
+from attn.masks.spatial import bounds, product
 
 
 @register

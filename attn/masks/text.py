@@ -21,11 +21,11 @@ import jax
 import numpy as np
 
 from attn import masks
-from attn.predicates import And, Mask, Not, Or
-from attn.radial import Radial
-from attn.segments import Segments
-from attn.sequence import Causal, Document, Prefix, Window
-from attn.spatial import Disc, Grouped, Neighborhood, Placed, RandomBlocks
+from attn.masks.predicates import And, Mask, Not, Or
+from attn.masks.radial_bands import Radial
+from attn.masks.segment_graphs import Segments
+from attn.masks.sequence import Causal, Document, Prefix, Window
+from attn.masks.spatial import Disc, Grouped, Neighborhood, Placed, RandomBlocks
 
 LONGEST = 10_000  # characters of a text: Python's own parser recurses
 MOST_NUMBERS = 64  # of an array, written out

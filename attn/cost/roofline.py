@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from attn import cost as costs, softmax
 from attn.cost import Attention, Cost, Sizes
-from attn.hardware import Hardware
+from attn.cost.hardware import Hardware
 
 # Rows and keys of the tiles that `best` looks at, large ones first. Smaller ones cost more than this model knows: what
 # surrounds a tile takes longer than the tile, on TPUs below 256 by much.

@@ -1,4 +1,4 @@
-"""Predicates on the places of tokens, in a text (positions) and in arrays (indices); made by attn/masks.py."""
+"""Predicates on the places of tokens, in a text (positions) and in arrays (indices); made by attn/masks/."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.predicates import UNKNOWN, Mask, Verdict, column, equal, register, row, static
+from attn.masks.predicates import UNKNOWN, Mask, Verdict, column, equal, register, row, static
 
 
 @register

@@ -1,4 +1,4 @@
-"""Predicates of where tokens stand in a layout: coordinates, segments, order; made by attn/masks.py.
+"""Predicates of where tokens stand in a layout: coordinates, segments, order; made by attn/masks/.
 
 Intervals are computed for every token and then bounded over runs, so that the verdict on a pair of runs is exact
 wherever both are boxes of the layout and axes do not depend on each other.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.layouts import Layout
-from attn.predicates import UNKNOWN, Boxes, Mask, Tokens, Verdict, column, equal, register, row, static
+from attn.masks.predicates import UNKNOWN, Boxes, Mask, Tokens, Verdict, column, equal, register, row, static
 
 
 @register

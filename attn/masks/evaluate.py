@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.arguments import integer
-from attn.predicates import Boxes, Mask, Tokens, Verdict
-from attn.spatial import Placed
+from attn.masks.predicates import Boxes, Mask, Tokens, Verdict
+from attn.masks.spatial import Placed
 
 
 def dense(mask: Mask, T: int, S: int | None = None, *, batch=1, heads=1, positions=None, kv_positions=None):

@@ -6,7 +6,7 @@
 The machine that is counted for computes tiles: `blocks.q` queries of all G = H / K heads that share a key head, and
 `blocks.kv` keys. Tiles that the mask leaves empty are skipped, all others are computed whole, so that work goes by the
 elements of visited tiles and not of the mask. Every load of a tile counts; caches between main memory and a core are
-not modelled. attn/roofline.py makes times of costs.
+not modelled. attn/cost/roofline.py makes times of costs.
 """
 
 import dataclasses
@@ -16,7 +16,9 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from attn import bias as biases, masks, op_count, sequence, softmax
+from attn import bias as biases, masks, softmax
+from attn.cost import op_count
+from attn.masks import sequence
 
 # Vector operations a score, forward: scale, maximum, subtract, add to the sum. Backward: scale, subtract the
 # log-sum-exp, subtract delta, multiply by p. A mask compares and selects; a soft cap multiplies before and after tanh,

@@ -15,8 +15,8 @@ import math
 import numpy as np
 
 from attn.arguments import integer
-from attn.predicates import UNKNOWN, Mask, Verdict, column, register, row, static
-from attn.spatial import apart, both, bounds, can_read, on_grid, product, take
+from attn.masks.predicates import UNKNOWN, Mask, Verdict, column, register, row, static
+from attn.masks.spatial import apart, both, bounds, can_read, on_grid, product, take
 
 RULES = ('exact', 'any', 'majority')
 

@@ -10,9 +10,10 @@ import textwrap
 
 import numpy as np
 
-from attn import bias, hardware, mask_text, masks, roofline
+from attn import bias, masks
 from attn.catalog import Method
-from attn.cost import Attention, Sizes
+from attn.cost import Attention, Sizes, hardware, roofline
+from attn.masks import text as mask_text
 
 DEFAULTS = {'B': 1, 'T': 8192, 'H': 32, 'D': 128}  # S is T, K is H, V is D
 LONGEST = 2**24  # tokens, heads or channels
@@ -32,7 +33,7 @@ _SCORES = {
 
 
 def of_method(method: Method, sizes: Sizes, dtype='bfloat16', mask=None) -> tuple[Attention, tuple[str, ...]]:
-  """The call that a method makes at these sizes, for the functions of attn/cost.py.
+  """The call that a method makes at these sizes, for the functions of attn/cost/.
 
   Args:
     method: a record of the catalog.
@@ -124,8 +125,8 @@ def report(method: Method, shape: str, *, dtype='bfloat16', chips='all', mask: s
     method: a record of the catalog.
     shape: as 'B=1,T=8192,H=32,K=8,D=128'; what is missing has a default.
     dtype: of q, k, v and out.
-    chips: a name of attn.hardware, or 'all'.
-    mask: text in place of the method's own mask (attn/mask_text.py).
+    chips: a name of attn.cost.hardware, or 'all'.
+    mask: text in place of the method's own mask (attn/masks/text.py).
     is_backward: the backward in place of the forward.
 
   Raises:

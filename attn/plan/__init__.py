@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn import masks, plan_lists
+from attn import masks
 from attn.arguments import integer
-from attn.plan_lists import FIRST, LAST, PARTIAL, VALID
-from attn.predicates import static
+from attn.masks.predicates import static
+from attn.plan import lists as plan_lists
+from attn.plan.lists import FIRST, LAST, PARTIAL, VALID
 
 __all__ = [
   'FIRST',

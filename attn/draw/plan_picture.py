@@ -2,14 +2,16 @@
 
 import numpy as np
 
-from attn import cells, picture, plan as plans, plan_lists
-from attn.picture import BLUE, GREEN, INK, ORANGE, UNSEEN, percent
+from attn import plan as plans
+from attn.draw import cells, picture
+from attn.draw.picture import BLUE, GREEN, INK, ORANGE, UNSEEN, percent
+from attn.plan import lists as plan_lists
 
 MOST_STEPS = 4096  # of the list, joined by a line
 
 
 def draw(plan, at, order, title) -> picture.Picture:
-  """See attn/draw.py."""
+  """See attn/draw/."""
   if not isinstance(plan, plans.Plan) or plan_lists.is_traced(*(x for x in vars(plan).values())):
     raise ValueError('the plan is traced or none at all, expected a Plan of known arrays')
   b, h = (_index(name, x, n) for name, x, n in zip(('row of the batch', 'head'), at, plan.nnz.shape))

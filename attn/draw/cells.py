@@ -1,7 +1,7 @@
 """What share of its pairs a mask allows, on a grid coarse enough to be looked at, whatever the length.
 
 A picture has so many cells a side and no more. Up to 16 million pairs are counted one by one. Beyond, cells that the
-mask is certain of (attn/masks.py: `verdicts`) are what it says, and of the others 16 pairs each are looked at.
+mask is certain of (attn/masks/: `verdicts`) are what it says, and of the others 16 pairs each are looked at.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from attn import masks
-from attn.predicates import Mask, Tokens
+from attn.masks.predicates import Mask, Tokens
 
 MOST_CELLS = 512  # on a side of a picture
 MOST_PAIRS = 2**24  # counted one by one

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from attn import masks, predicates, sequence, softmax, spatial
+from attn import masks, softmax
+from attn.masks import predicates, sequence, spatial
 
 OPTIONS = ('is_causal', 'scale', 'soft_cap', 'precision', 'implementation', 'blocks')  # static, of softmax.attend
 

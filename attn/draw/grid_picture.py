@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attn import picture
-from attn.picture import BLUE, INK, ORANGE, UNSEEN
+from attn.draw import picture
+from attn.draw.picture import BLUE, INK, ORANGE, UNSEEN
 
 MOST_QUERIES = 12
 MOST_PIXELS = 2**20  # of the frames that are drawn for a query

@@ -14,10 +14,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from attn import cells, grid_picture, mask_text, masks, picture, plan as plans
+from attn import masks, plan as plans
+from attn.draw import cells, grid_picture, picture
+from attn.draw.picture import BLUE, GREEN, INK, ORANGE, UNSEEN, Picture, percent
 from attn.layouts import Layout
-from attn.picture import BLUE, GREEN, INK, ORANGE, UNSEEN, Picture, percent
-from attn.spatial import Placed
+from attn.masks import text as mask_text
+from attn.masks.spatial import Placed
 
 __all__ = ['Picture', 'attention', 'check_path', 'compare', 'mask', 'plan', 'readings']
 
@@ -149,7 +151,7 @@ def plan(plan: plans.Plan, *, at=(0, 0), order: bool = False, title: str | None 
     ValueError: a traced plan; `at` out of range.
     ImportError: matplotlib is not installed.
   """
-  from attn import plan_picture
+  from attn.draw import plan_picture
 
   return plan_picture.draw(plan, at, order, title)
 
@@ -174,7 +176,7 @@ def attention(
     ValueError: neither weights nor q and k, or both; shapes or an option that do not fit; more than 64 heads.
     ImportError: matplotlib is not installed.
   """
-  from attn import attention_picture
+  from attn.draw import attention_picture
 
   if (weights is None) == (q is None or k is None) or (weights is not None and options):
     raise ValueError('expected either weights alone, or q and k with options of softmax.attend')

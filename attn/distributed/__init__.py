@@ -11,8 +11,8 @@ Three ways to the result of `softmax.attend` on one device:
                      exchanges in place of n hops, but n must divide H.
   `split_kv_decode`  few queries, which every device has; keys stay where they are, partial results are summed.
 
-Tokens may stand in any order, as masks go by positions. In that of attn/zigzag.py, causal work is the same on every
-device. Batch and heads may be cut over other axes of the mesh.
+Tokens may stand in any order, as masks go by positions. In that of attn/distributed/zigzag.py, causal work is the same
+on every device. Batch and heads may be cut over other axes of the mesh.
 """
 
 import functools
@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from attn import shards, softmax
+from attn import softmax
+from attn.distributed import shards
 
 BATCH_AXES, HEAD_AXES = ('data', 'fsdp'), ('tensor',)
 

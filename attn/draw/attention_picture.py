@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn import cells, picture, softmax
-from attn.picture import INK, ORANGE, UNSEEN
+from attn import softmax
+from attn.draw import cells, picture
+from attn.draw.picture import INK, ORANGE, UNSEEN
 
 SCALES = ('linear', 'log')
 MOST_HEADS = 64
@@ -63,7 +64,7 @@ def from_queries(q, k, b, options) -> Maps:
 
 
 def draw(maps, scale, labels, kv_labels, title) -> picture.Picture:
-  """See attn/draw.py."""
+  """See attn/draw/."""
   if scale not in SCALES:
     raise ValueError(f'scale={scale!r}, expected one of {", ".join(SCALES)}')
   (H, _, _), (T, S), size = maps.weights.shape, maps.lengths, maps.size

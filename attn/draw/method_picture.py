@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from attn import draw, mask_text, masks, method_cost
+from attn import draw, masks
 from attn.catalog import Method
+from attn.cost import method_cost
+from attn.masks import text as mask_text
 
 T_DEFAULT = 64
 DOCUMENTS = (0, 0.35, 0.5, 0.8)  # where documents begin, of the length of a row
@@ -15,7 +17,7 @@ def written(path, *, method: Method | None = None, mask: str | None = None, shap
   Args:
     path: of a .png or an .svg.
     method: whose mask is drawn, or is named above the other one.
-    mask: text (attn/mask_text.py), in place of the method's own mask.
+    mask: text (attn/masks/text.py), in place of the method's own mask.
     shape: as 'T=64,S=128'; 64 queries and as many keys where it does not say.
 
   Returns:
@@ -65,7 +67,7 @@ def of_method(method: Method, T: int, S: int) -> tuple[masks.Mask, str]:
   """
   mask = method.settings.get('mask')
   if method.settings.get('is_causal'):
-    # Queries of a cache are the last ones of the text, as in attn/method_cost.py.
+    # Queries of a cache are the last ones of the text, as in attn/cost/method_cost.py.
     is_cached = method.state is not None and method.path == 'attn.cache.storage.attend'
     own = masks.causal(max(0, S - T) if is_cached else 0)
     mask = own if mask is None else own & mask
