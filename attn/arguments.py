@@ -2,6 +2,8 @@
 
 import operator
 
+import numpy as np
+
 
 def integer(name, value, minimum, below=2**31):
   """value as an int in [minimum, below).
@@ -33,6 +35,20 @@ def integers(name, values, minimum, count=None):
   if not values or count not in (None, len(values)):
     raise ValueError(f'{name}={values!r} has {len(values)} numbers, expected {count or "some"}, one for each axis')
   return tuple(integer(name, x, minimum) for x in values)
+
+
+def int32(name, values):
+  """A numpy array of integers as int32; any other array as it is: its values may not be known.
+
+  Raises:
+    ValueError: a value is out of range, which jax would cut off in silence.
+  """
+  if not isinstance(values, np.ndarray):
+    return values
+  limits = np.iinfo(np.int32)
+  if values.size and not limits.min <= int(values.min()) <= int(values.max()) <= limits.max:
+    raise ValueError(f'{name} has values from {values.min()} to {values.max()}, expected what int32 holds')
+  return values.astype(np.int32)
 
 
 def booleans(name, values, count):

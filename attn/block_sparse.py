@@ -7,11 +7,18 @@ Tiles that are not in the plan are never computed, forward or backward. Rows of 
 their own, and the lists may be arrays that an estimator made under `jax.jit`.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from attn import masks, plan as plans, softmax, tiled
 from attn.tiles import Run, Work
+
+OPTIONS = (
+  'bias', 'logit_bias', 'score', 'scale', 'soft_cap', 'segment_ids', 'kv_segment_ids', 'query_seq_lengths',
+  'key_value_seq_lengths', 'positions', 'kv_positions', 'dropout_rate', 'dropout_key', 'precision',
+)  # fmt: skip
 
 
 def attend(q, k, v, plan, *, mask=None, sinks=None, return_residual=False, **options):
@@ -28,7 +35,8 @@ def attend(q, k, v, plan, *, mask=None, sinks=None, return_residual=False, **opt
     v: [B, S, K, V] values.
     plan: a Plan of attn.plan for T queries and S keys, with block_q a multiple of 8; lists [Bm, Hm, n] with Bm 1 or
       B and Hm 1, K or H.
-    mask: a mask of attn.masks, evaluated on the tiles that the plan calls PARTIAL alone.
+    mask: a mask of attn.masks, evaluated on the tiles that the plan calls PARTIAL alone; None sees whole tiles, and
+      is refused for a plan that was made from a mask which hides a part of some.
     sinks: [H] logits that take probability, merged once, last.
     return_residual: also return the log-sum-exp.
     **options: bias, logit_bias, score, scale, soft_cap, segment_ids, kv_segment_ids, query_seq_lengths,
@@ -48,14 +56,14 @@ def attend(q, k, v, plan, *, mask=None, sinks=None, return_residual=False, **opt
   """
   if options.pop('is_causal', False):
     raise ValueError('is_causal=True with a plan: expected mask=masks.causal(), as the plan was made from it')
-  for name in ('implementation', 'blocks'):
-    if name in options:
-      raise ValueError(f'{name} is not an option of block_sparse.attend: the plan decides')
+  for name in options:
+    if name not in OPTIONS:
+      why = 'the plan decides' if name in ('implementation', 'blocks') else f'expected one of {", ".join(OPTIONS)}'
+      raise ValueError(f'{name} is not an option of block_sparse.attend: {why}')
   call, sinks = softmax.checked(q, k, v, sinks=sinks, **options)
   (B, T, H, _), (S, K) = call.q.shape, call.k.shape[1:3]
   plans.check(plan, B, H, K, T, S)
-  if plan.block_q % 8:
-    raise ValueError(f'plan.block_q={plan.block_q} must be a multiple of 8')
+  _check_use(plan, mask, call)
   if mask is not None:
     mask = mask if isinstance(mask, masks.Mask) else masks.array(jnp.asarray(mask))
     masks.check(mask, B, H, T, S, is_default=(call.positions is None, call.kv_positions is None))
@@ -63,6 +71,32 @@ def attend(q, k, v, plan, *, mask=None, sinks=None, return_residual=False, **opt
   if sinks is not None:
     out, lse = softmax.add_sinks(out, lse, sinks)
   return (out, lse) if return_residual else out
+
+
+def _check_use(plan, mask, call):
+  """Raises ValueError where a plan would not mean what it was made for."""
+  if plan.block_q % 8:
+    raise ValueError(f'plan.block_q={plan.block_q} must be a multiple of 8')
+  if plan.needs_mask and mask is None:
+    raise ValueError(
+      'mask=None, and some tiles of the plan are partly hidden by the mask it was made from: expected the same mask '
+      '(masks.everything() to see whole tiles)'
+    )
+  has_positions = call.positions is not None or call.kv_positions is not None
+  if plan.has_positions is not None and plan.has_positions != has_positions:
+    given = 'with' if plan.has_positions else 'without'
+    raise ValueError(f'the plan was made {given} positions: expected the same positions and kv_positions here')
+  if plan.q_id.shape[:2] != (1, 1) and any(_is_cut(x) for x in (call.q, call.k, call.v)):
+    raise ValueError(
+      f'the plan has lists for {plan.q_id.shape[:2]} rows of the batch and heads, and q, k or v is cut over Explicit '
+      'mesh axes: expected a call inside jax.shard_map, or Auto axes'
+    )
+
+
+def _is_cut(x):
+  """Whether an array is cut over an axis of a mesh with Explicit axes."""
+  sharding = jax.typeof(x).sharding
+  return AxisType.Explicit in sharding.mesh.axis_types and any(axis is not None for axis in sharding.spec)
 
 
 def work(plan, mask, is_open):

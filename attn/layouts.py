@@ -1,11 +1,12 @@
 """Layouts: where every token of an array stands, on how many axes, in which segment and in which order.
 
-A video of 30 x 48 x 80 tokens after 16 tokens of text, cut so that 128 tokens in a row are a box of 2 x 8 x 8:
+A video of 30 x 48 x 80 tokens, cut so that 128 tokens in a row are a box of 2 x 8 x 8, and 16 tokens of text behind
+it (in front of it they would shift every run of 128 across two boxes; `line(16).tiled(128, is_padded=True)` may be):
 
-    layout = concat(line(16), grid(30, 48, 80).tiled((2, 8, 8)))
-    x = layout.permute(x)                                        # [B, T, ...] from the order of the text
-    mask = masks.placed(masks.neighborhood((30, 48, 80), (18, 24, 24)) & masks.segments(1, 1)
-                        | masks.segments(0, None) | masks.segments(None, 0), layout)
+    layout = concat(grid(30, 48, 80).tiled((2, 8, 8)), line(16))
+    x = layout.permute(x)                                        # [B, T, ...], the text behind the video
+    mask = masks.placed(masks.neighborhood((30, 48, 80), (18, 24, 24)) & masks.segments(0, 0)
+                        | masks.segments(1, None) | masks.segments(None, 1), layout)
     out = layout.restore(softmax.attend(q, k, v, mask=mask))
 
 Every method gives a new layout. Masks that follow coordinates gain from tiles, since a mask skips runs of tokens, and
@@ -23,7 +24,7 @@ from attn.arguments import integer, integers
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Layout:
   """The tokens of an array, one after the other. Numpy, so that work can be planned from it.
 
@@ -40,6 +41,9 @@ class Layout:
 
   def __len__(self):
     return self.order.shape[0]
+
+  def __repr__(self):
+    return f'Layout({len(self)} tokens, {self.coords.shape[1]} axes)'
 
   def tiled(self, tile, dilation=1, *, is_padded=False):
     """Tokens in the order [dilation groups][tiles][inside a tile], each in row-major order; segments stay apart.
@@ -90,8 +94,9 @@ class Layout:
     """x with its axis taken from the order before any permutation to that of the layout; holes are zero.
 
     Raises:
-      ValueError: the axis does not have as many tokens as the layout has, holes aside.
+      ValueError: the axis does not have as many tokens as the layout has, holes aside; the layout is traced.
     """
+    self._check_known()
     _check_axis(x, axis, int((self.order >= 0).sum()))
     taken = _take(x, np.maximum(self.order, 0), axis)
     if (self.order >= 0).all():
@@ -103,10 +108,15 @@ class Layout:
     """The inverse of `permute`: from the order of the layout to that before any permutation, without holes.
 
     Raises:
-      ValueError: the axis does not have as many tokens as the layout.
+      ValueError: the axis does not have as many tokens as the layout; the layout is traced.
     """
+    self._check_known()
     _check_axis(x, axis, len(self))
     return _take(x, np.argsort(self.order, kind='stable')[(self.order < 0).sum() :], axis)
+
+  def _check_known(self):
+    if isinstance(self.order, jax.core.Tracer):
+      raise ValueError('the layout is traced, expected numpy arrays: close over it, do not pass it through jax.jit')
 
   def _padded(self, multiple):
     """Holes up to a multiple of so many tokens on each axis."""

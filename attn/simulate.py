@@ -135,15 +135,17 @@ def plan(plan: plans.Plan, pairs: float | None = None) -> Report:
 
 def mask(
   mask: masks.Mask, T: int, S: int | None = None, *, block_q, block_kv, batch=1, heads=1, positions=None,
-  kv_positions=None, is_counted=True,
+  kv_positions=None, is_counted=None,
 ) -> Report:  # fmt: skip
   """The report of any mask, from the plan that it makes (`plan.of`, which takes the same arguments).
 
   Args:
-    is_counted: whether allowed pairs are counted, which takes O(TS) time; else flop_ratio is None.
+    is_counted: whether allowed pairs are counted, which takes O(TS) time; else flop_ratio is None. None counts up to
+      2**28 pairs.
   """
   where = {'batch': batch, 'heads': heads, 'positions': positions, 'kv_positions': kv_positions}
   made = plans.of(mask, T, S, block_q=block_q, block_kv=block_kv, **where)
+  is_counted = T * (T if S is None else S) <= 2**28 if is_counted is None else is_counted
   return plan(made, pairs(mask, T, S, **where) if is_counted else None)
 
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from attn import bias as biases, dropout, masks
+from attn.arguments import int32
+from attn.masks.predicates import signed
 
 IMPLEMENTATIONS = ('reference', 'xla')
 
@@ -96,7 +99,8 @@ def attend(
     q: [B, T, H, D] queries; query head h reads key head h // (H // K).
     k: [B, S, K, D] keys.
     v: [B, S, K, V] values.
-    mask: a mask of attn.masks, or a bool array that broadcasts to [B, H, T, S]; True where attention is allowed.
+    mask: a mask of attn.masks, or a bool array that broadcasts to [B, H, T, S]; True where attention is allowed. An
+      array is data, looked at in every tile; `masks.array` of a numpy array is known beforehand, and tiles are skipped.
     bias: added to the logits; broadcasts to [B, H, T, S]; its gradient has its own shape.
     logit_bias: [B, S] or [B, S, K], added to the logits of an entry for every query (log of a count, for instance).
     score: f(s, b, h, i, j) -> logit, or a score of attn.bias (which may hold arrays that are differentiated); s are
@@ -377,8 +381,8 @@ def _floating(name, x):
 def _integers(name, x, *shapes):
   if x is None:
     return None
-  x = jnp.asarray(x)
+  x = x if isinstance(x, jax.Array) else np.asarray(x)
   if x.shape not in shapes or not jnp.issubdtype(x.dtype, jnp.integer):
     expected = ' or '.join(str(s) for s in dict.fromkeys(shapes))
     raise ValueError(f'{name} has shape {x.shape} and dtype {x.dtype}, expected integers of shape {expected}')
-  return x
+  return signed(jnp.asarray(int32(name, x)))

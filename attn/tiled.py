@@ -32,7 +32,7 @@ def visit(todo, call):
   if 0 in (B, T, S):  # nothing to see, or nobody to see it
     return jnp.zeros((B, T, H, V), call.q.dtype), jnp.full((B, T, H), -jnp.inf, call.accumulator)
   try:
-    return _attend(*_varying((todo, call)))
+    return _results(*_varying((todo, call)))
   except TypeError as error:
     if 'forward-mode' not in str(error):
       raise
@@ -57,7 +57,7 @@ def gradients(call, out, lse, d_out, d_lse, blocks=None):
     A Call of gradients, in at least float32: a sum of many parts is rounded once.
   """
   call, out, lse, d_out, d_lse, todo = _varying((call, out, lse, d_out, d_lse, work(call, blocks)))
-  return _once(todo, call, out, lse, d_out, d_lse)
+  return _gradients(todo, call, out, lse, d_out, d_lse)
 
 
 def _varying(tree):
@@ -68,7 +68,9 @@ def _varying(tree):
   return jax.tree.map(spread, tree) if axes else tree
 
 
-_FIRST_ORDER = "implementation='xla' has first-order reverse mode only, use implementation='reference'"
+_FIRST_ORDER = (
+  "attention over tiles has first-order reverse mode only, use softmax.attend(..., implementation='reference')"
+)
 
 
 def work(call, blocks=None):
@@ -137,7 +139,7 @@ def _attend_fwd(todo, call):
 
 def _attend_bwd(residuals, cotangents):
   todo, call, out, lse = residuals
-  grads = _once(todo, call, out, lse, *cotangents)
+  grads = _gradients(todo, call, out, lse, *cotangents)
   typed = jax.tree.map(lambda x, grad: grad.astype(x.dtype) if _is_float(x) else grad, call, grads)
   return jax.tree.map(_zero, todo), typed
 
@@ -154,6 +156,8 @@ def _once_jvp(primals, tangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+# Outside of jax.jit, too, loops are compiled once and not for every call.
+_results, _gradients = (jax.jit(f, inline=True) for f in (_attend, _once))
 
 
 def _forward(todo, call):
@@ -170,7 +174,7 @@ def _forward(todo, call):
     l_new = shrink * l_old + p.sum(-1)
     if call.dropout_rate:
       p *= x.keep(visit)
-    v = x.kv_rows(x.v, visit)
+    v = x.counted(x.kv_rows(x.v, visit), visit)
     p = p.astype(call.product_dtype)
     pv = jnp.einsum('bkps,bksv->bkpv', p, v, precision=call.precision, preferred_element_type=acc)
     o_new = shrink[..., None] * o_old + pv
@@ -203,8 +207,8 @@ def _backward(todo, call, out, lse, d_out, d_lse):
   dot = functools.partial(jnp.einsum, precision=call.precision, preferred_element_type=acc)
 
   def step(visit, grads):
-    q, k, v = x.q_rows(x.q, visit), x.kv_rows(x.k, visit), x.kv_rows(x.v, visit)
-    do, delta, safe = (x.q_rows(y, visit) for y in rows)
+    q, do, delta, safe = (x.counted(x.q_rows(y, visit), visit) for y in (x.q, *rows))
+    k, v = (x.counted(x.kv_rows(y, visit), visit) for y in (x.k, x.v))
     s, undo = x.logits(visit)
     p = jnp.exp(s - safe[..., None])
     dp = dot('bkpv,bksv->bkps', do, v)

@@ -121,6 +121,13 @@ class Tiles:
     """Rows of the key tile of x [B, K, S', ...] as [B, K, bk, ...]."""
     return _block(x, visit.kv_id, self.work.bk, 2)
 
+  def counted(self, rows, visit):
+    """Rows [B, K, n, ...] of a tile, zero where the visit does not count: 0 * NaN is NaN."""
+    if visit.flags is None:
+      return rows
+    counts = jnp.broadcast_to(visit.flags[..., 0], rows.shape[:2])
+    return jnp.where(counts.reshape(*counts.shape, *(1,) * (rows.ndim - 2)), rows, 0)
+
   def add_kv(self, x, rows, visit):
     return _put(x, self.kv_rows(x, visit) + rows, visit.kv_id, self.work.bk, 2)
 
@@ -135,7 +142,7 @@ class Tiles:
   def logits(self, visit):
     """(logits [B, K, P, bk], undo) of a tile; undo takes their gradients to those of q . k and of score's arrays."""
     call, acc = self.call, self.call.accumulator
-    q, k = self.q_rows(self.q, visit), self.kv_rows(self.k, visit)
+    q, k = (self.counted(x, visit) for x in (self.q_rows(self.q, visit), self.kv_rows(self.k, visit)))
     s = jnp.einsum('bkpd,bksd->bkps', q, k, precision=call.precision, preferred_element_type=acc) * call.scale
     slope = scored = None
     if call.soft_cap is not None:

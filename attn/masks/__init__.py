@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.arguments import booleans, integer, integers
+from attn.arguments import booleans, int32, integer, integers
 from attn.layouts import Layout
 from attn.masks.evaluate import check, dense, empty_rows, tokens, verdicts
 from attn.masks.predicates import EMPTY, FULL, PARTIAL, Boxes, Everything, Mask, Tokens, Verdict
@@ -328,13 +328,13 @@ def placed(mask: Mask, layout: Layout, kv_layout: Layout | None = None) -> Mask:
 def _integers(name, value, axis='B'):
   """(integer, None) or (None, int array [] or [B])."""
   if isinstance(value, int | np.integer) and not isinstance(value, bool):
-    return int(value), None
+    return integer(name, value, -(2**31)), None
   value = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
   if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim > 1:
     raise ValueError(
       f'{name} has dtype {value.dtype} and shape {value.shape}, expected an integer or an int array [{axis}]'
     )
-  return None, value
+  return None, int32(name, value)
 
 
 def _number(name, value) -> float:
@@ -347,4 +347,4 @@ def _ids(name, ids):
   ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
   if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim not in (1, 2):
     raise ValueError(f'{name} have dtype {ids.dtype} and shape {ids.shape}, expected integers [t] or [B, t]')
-  return ids
+  return int32(name, ids)

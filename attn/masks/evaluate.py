@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.arguments import integer
-from attn.masks.predicates import Boxes, Mask, Tokens, Verdict
+from attn.masks.predicates import Boxes, Mask, Tokens, Verdict, signed
 from attn.masks.spatial import Placed
 
 
@@ -25,8 +25,8 @@ def dense(mask: Mask, T: int, S: int | None = None, *, batch=1, heads=1, positio
     ValueError: positions or an array inside the mask do not fit T, S, batch or heads.
   """
   S = T if S is None else S
-  _check_positions(positions, kv_positions, batch, T, S)
   check(mask, batch, heads, T, S, is_default=(positions is None, kv_positions is None))
+  _check_positions(positions, kv_positions, batch, T, S)
   q, k = tokens(T, positions), tokens(S, kv_positions)
   seen = mask.tile(q, k, batch, heads)
   return jnp.broadcast_to(seen, (*seen.shape[:2], T, S))
@@ -71,7 +71,7 @@ def verdicts(
 def tokens(length: int, positions=None) -> Tokens:
   """All `length` tokens of an array, at the given positions [t] or [B, t] (None: their indices)."""
   index = jnp.arange(length, dtype=jnp.int32)[None, None]
-  return Tokens(index, index if positions is None else jnp.atleast_2d(jnp.asarray(positions))[:, None])
+  return Tokens(index, index if positions is None else jnp.atleast_2d(signed(jnp.asarray(positions)))[:, None])
 
 
 def check(mask: Mask, B: int, H: int, T: int, S: int, *, is_default=(False, False)) -> None:
@@ -82,6 +82,10 @@ def check(mask: Mask, B: int, H: int, T: int, S: int, *, is_default=(False, Fals
     B, H, T, S: batch, query heads, queries and keys.
     is_default: whether positions of queries, and of keys, are their indices: then layouts must have T and S tokens.
   """
+  if not isinstance(mask, Mask):
+    raise ValueError(f'mask is {type(mask).__name__}, expected a mask of attn.masks (of bools: masks.array)')
+  for name, size in (('B', B), ('H', H), ('T', T), ('S', S)):
+    integer(name, size, 0)
   mask.check(B, H, T, S)
   for part in jax.tree.leaves(mask, is_leaf=lambda x: isinstance(x, Placed)):
     if isinstance(part, Placed):
@@ -132,7 +136,7 @@ def _all(length, positions):
   if positions is None:
     return Tokens(index, index)
   xp = jnp if isinstance(positions, jax.Array) else np
-  return Tokens(index, xp.atleast_2d(xp.asarray(positions))[:, None])
+  return Tokens(index, xp.atleast_2d(signed(xp.asarray(positions)))[:, None])
 
 
 def _check_positions(positions, kv_positions, batch, T, S):

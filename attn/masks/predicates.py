@@ -80,6 +80,8 @@ UNKNOWN = Verdict(np.ones((1, 1, 1, 1), bool), np.zeros((1, 1, 1, 1), bool))
 class Mask:
   """A predicate on (query, key) pairs. Combine with `&`, `|`, `~`; read with `dense`, `tile` and `boxes`."""
 
+  __array_ufunc__ = None  # so that numpy_array & mask comes here
+
   def tile(self, q: Tokens, k: Tokens, batch: int, heads: int) -> jax.Array:
     """Evaluates on every pair of q and k: bool [1 or B, 1 or H, t, s]."""
     raise NotImplementedError
@@ -97,8 +99,31 @@ class Mask:
   def __or__(self, other):
     return Or(self, _mask(other))
 
+  def __rand__(self, other):
+    return And(_mask(other), self)
+
+  def __ror__(self, other):
+    return Or(_mask(other), self)
+
   def __invert__(self):
     return Not(self)
+
+  def __eq__(self, other):
+    """The same predicate with equal numbers and arrays."""
+    if not isinstance(other, Mask):
+      return NotImplemented
+    kinds: list[Any] = [jax.tree.structure(x) for x in (self, other)]
+    if kinds[0] != kinds[1]:
+      return False
+    return all(x is y or np.array_equal(x, y) for x, y in zip(jax.tree.leaves(self), jax.tree.leaves(other)))
+
+  def __hash__(self):
+    return hash(jax.tree.structure(self))
+
+  def __repr__(self):
+    from attn.masks import text
+
+    return text.write(self)
 
   def __bool__(self):
     raise TypeError(
@@ -115,7 +140,8 @@ def static(**kwargs):
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def register(cls):
   """A frozen dataclass that is a pytree."""
-  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+  own = not issubclass(cls, Mask)  # masks are compared and shown as a whole: see Mask
+  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=own, repr=own)(cls))
 
 
 @register
@@ -178,12 +204,12 @@ class Everything(Mask):
 
 def row(x):
   """[..., t] of queries against keys: [..., t, 1]."""
-  return _signed(x)[..., :, None]
+  return signed(x)[..., :, None]
 
 
 def column(x):
   """[..., s] of keys against queries: [..., 1, s]."""
-  return _signed(x)[..., None, :]
+  return signed(x)[..., None, :]
 
 
 def equal(q_low, q_high, k_low, k_high) -> Verdict:
@@ -191,7 +217,7 @@ def equal(q_low, q_high, k_low, k_high) -> Verdict:
   return Verdict((q_low <= k_high) & (k_low <= q_high), (q_low == q_high) & (k_low == k_high) & (q_low == k_low))
 
 
-def _signed(x):
+def signed(x):
   """As int64 if numpy or already wide, else int32: differences of narrow or unsigned integers wrap around."""
   if isinstance(x, np.ndarray):
     return x.astype(np.int64)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.masks.predicates import UNKNOWN, Mask, Verdict, column, equal, register, row, static
+from attn.masks.predicates import UNKNOWN, Mask, Verdict, column, equal, register, row, signed, static
 
 
 @register
@@ -16,14 +16,14 @@ class Causal(Mask):
   offset: Any  # as an array
 
   def tile(self, q, k, batch, heads):
-    return column(k.position) <= row(q.position) + _either(self.fixed, self.offset)
+    return column(k.position) - row(q.position) <= _either(self.fixed, self.offset)
 
   def boxes(self, q, k):
     if not q.can_read(q.tokens.position, k.tokens.position, self.offset):
       return UNKNOWN
     q_low, q_high, k_low, k_high = _bounds(q, k)
     offset = _either(self.fixed, self.offset)
-    return Verdict(k_low <= q_high + offset, k_high <= q_low + offset)
+    return Verdict(k_low - q_high <= offset, k_high - q_low <= offset)
 
   def check(self, B, H, T, S):
     _check_setting('offset', self.offset, B)
@@ -111,8 +111,9 @@ class Document(Mask):
   def boxes(self, q, k):
     if not q.can_read(self.q_ids, self.kv_ids):
       return UNKNOWN
-    q_low, q_high = (row(x) for x in q.bounds(at(self.q_ids, q.tokens.index)))
-    k_low, k_high = (column(x) for x in k.bounds(at(self.kv_ids, k.tokens.index)))
+    # Made signed before they are bounded: unsigned ids change their order then, and equality alone survives.
+    q_low, q_high = (row(x) for x in q.bounds(signed(at(self.q_ids, q.tokens.index))))
+    k_low, k_high = (column(x) for x in k.bounds(signed(at(self.kv_ids, k.tokens.index))))
     return equal(q_low, q_high, k_low, k_high)
 
   def check(self, B, H, T, S):

@@ -159,14 +159,15 @@ class Grouped(Mask):
     return equal(*(self._group(x) for x in bounds(q, self._of(q.tokens), k, self._of(k.tokens))))
 
   def check(self, B, H, T, S):
-    if self.shift is not None and np.shape(self.shift)[0] not in (1, H):
+    if self.shift is not None and np.ndim(self.shift) and np.shape(self.shift)[0] not in (1, H):
       raise ValueError(f'shift has shape {np.shape(self.shift)}, expected an integer or [{H}], one for each query head')
 
   def _of(self, tokens):
     return tokens.position if self.axis is None else on_axis(tokens, self.axis)
 
   def _group(self, x):
-    return (x + (self.shift[:, None, None] if self.fixed is None else self.fixed)) // self.size
+    shift: Any = self.shift if self.fixed is None else self.fixed
+    return (x + (shift[:, None, None] if np.ndim(shift) else shift)) // self.size
 
 
 @register
@@ -184,17 +185,35 @@ class RandomBlocks(Mask):
   def boxes(self, q, k):
     if not (can_read(q, k) and isinstance(self.chosen, np.ndarray)):
       return UNKNOWN
-    n = self.chosen.shape[0]
+    (q_block, q_there), (k_block, k_there) = self._block(q.tokens), self._block(k.tokens)
+    is_there = product(q, q_there, k, k_there)
+    if not (isinstance(q_block, np.ndarray) and isinstance(k_block, np.ndarray)):
+      # Positions are data: a table of all blocks is read, unless it would be large.
+      return both(self._from_table(*bounds(q, q_block, k, k_block)), is_there) if len(self.chosen) <= 4096 else UNKNOWN
+    (top, bottom), (left, right) = q.bounds(q_block), k.bounds(k_block)
+    lead = np.broadcast_shapes(top.shape[:2], left.shape[:2])
+    top, bottom, left, right = (np.broadcast_to(x, (*lead, x.shape[2])) for x in (top, bottom, left, right))
+    some = np.zeros((*lead, top.shape[2], left.shape[2]), bool)
+    every = some.copy()
+    for b, h, i in np.ndindex(top.shape):
+      # What the query blocks of a run chose, in order: two searches count those within each run of keys.
+      chosen = np.sort(self.chosen[top[b, h, i] : bottom[b, h, i] + 1].ravel())
+      count = np.searchsorted(chosen, right[b, h], 'right') - np.searchsorted(chosen, left[b, h])
+      some[b, h, i] = count > 0
+      every[b, h, i] = count == (bottom[b, h, i] + 1 - top[b, h, i]) * (right[b, h] + 1 - left[b, h])
+    return both(Verdict(some, every), is_there)
+
+  def _from_table(self, top, bottom, left, right):
+    """The verdict on rectangles of blocks, bounds included."""
+    n = len(self.chosen)
     allowed = np.zeros((n, n), np.int32)
     np.put_along_axis(allowed, self.chosen, 1, axis=1)
     # before[a, b] counts what rows before a choose of columns before b: four reads count a rectangle of blocks.
     before = np.pad(allowed.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32), ((1, 0), (1, 0))).ravel()
     read = lambda a, b: take(before, a * (n + 1) + b)
-    (q_block, q_there), (k_block, k_there) = self._block(q.tokens), self._block(k.tokens)
-    top, bottom, left, right = bounds(q, q_block, k, k_block)
     bottom, right = bottom + 1, right + 1
     count = read(bottom, right) - read(top, right) - read(bottom, left) + read(top, left)
-    return both(Verdict(count > 0, count == (bottom - top) * (right - left)), product(q, q_there, k, k_there))
+    return Verdict(count > 0, count == (bottom - top) * (right - left))
 
   def _block(self, tokens):
     there = (tokens.position >= 0) & (tokens.position < self.length)

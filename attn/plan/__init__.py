@@ -21,7 +21,7 @@ import numpy as np
 from attn import masks
 from attn.arguments import integer
 from attn.masks.predicates import static
-from attn.plan import lists as plan_lists
+from attn.plan import checks, lists as plan_lists
 from attn.plan.lists import FIRST, LAST, PARTIAL, VALID
 
 __all__ = [
@@ -61,6 +61,8 @@ class Plan:
     row_bits: uint32 [Bm, Hm, T, ceil(nk / 32)] or None. A query sees key block j of its tile's entries if bit j % 32 of
       its word j // 32 is set.
     block_q, block_kv, T, S: static; queries and keys in a tile, and in all.
+    needs_mask: static; whether it was made from a mask that hides a part of some tiles.
+    has_positions: static; whether it was made from a mask and positions; None if it was made from chosen blocks.
   """
 
   q_id: Any
@@ -77,6 +79,8 @@ class Plan:
   block_kv: int = static()
   T: int = static()
   S: int = static()
+  needs_mask: bool = static(default=False)
+  has_positions: bool | None = static(default=None)
 
   @property
   def nq(self) -> int:
@@ -104,7 +108,7 @@ class Plan:
     return (self.flags & VALID > 0).sum(-1).mean() / (self.nq * self.nk)
 
   def __repr__(self):
-    if plan_lists.is_traced(*jax.tree.leaves(self)):
+    if np.ndim(self.q_id) != 3 or plan_lists.is_traced(*jax.tree.leaves(self)):
       return f'Plan({self.T}x{self.S} in {self.block_q}x{self.block_kv}, {type(self.q_id).__name__})'
     (Bm, Hm, NZ), bits = self.q_id.shape, '' if self.row_bits is None else ', row bits'
     return f'Plan({self.T}x{self.S} in {self.block_q}x{self.block_kv}, Bm={Bm}, Hm={Hm}, NZ={NZ}{bits})'
@@ -132,7 +136,8 @@ def of(
     positions: int [T] or [B, T] query positions; None means 0..T-1.
     kv_positions: int [S] or [B, S].
     capacity: entries of the list (NZ). None is as many as there are; where the mask or positions are traced, as many as
-      there can be by what is not.
+      there can be by what is not. A function that gets plans of changing data as an argument is compiled once if all
+      have one capacity.
 
   Raises:
     ValueError: as `masks.dense`; a block below 1; kv_heads does not divide heads; more entries than capacity.
@@ -152,7 +157,10 @@ def of(
     bound = _by_group(verdicts(True).some, heads, kv_heads, 'any')
     some = some & bound
     capacity = int(np.maximum(bound.sum(-1), 1).sum(-1).max()) if capacity is None else capacity
-  return from_blocks(some, T=T, S=S, block_q=block_q, block_kv=block_kv, partial=~every, capacity=capacity)
+  made = from_blocks(some, T=T, S=S, block_q=block_q, block_kv=block_kv, partial=~every, capacity=capacity)
+  needs_mask = plan_lists.is_traced(some, every) or bool((some & ~every).any())
+  has_positions = positions is not None or kv_positions is not None
+  return dataclasses.replace(made, needs_mask=needs_mask, has_positions=has_positions)
 
 
 def from_blocks(chosen, *, T, S, block_q, block_kv, partial=None, capacity=None) -> Plan:
@@ -258,31 +266,24 @@ def check(plan: Plan, B: int, H: int, K: int, T: int, S: int) -> None:
   """Raises ValueError unless a plan fits attention of H query heads on K key heads; numpy lists are read, too."""
   if not isinstance(plan, Plan):
     raise ValueError(f'plan is {type(plan).__name__}, expected a Plan: make one with plan.of(mask, T, S, ...)')
-  if (plan.T, plan.S) != (T, S):
-    raise ValueError(f'the plan is of T={plan.T}, S={plan.S}, but queries and keys have T={T}, S={S}')
-  lead = plan.q_id.shape[:2]
-  if plan.q_id.ndim != 3 or lead[0] not in (1, B) or lead[1] not in (1, K, H):
-    raise ValueError(f'the plan has shape {plan.q_id.shape}, expected [1 or B={B}, 1 or K={K} or H={H}, NZ]')
-  NZ, NZT = plan.q_id.shape[2], plan.t_q_id.shape[-1]
-  shapes = dict.fromkeys(('q_id', 'kv_id', 'flags'), (*lead, NZ)) | dict.fromkeys(('nnz', 't_nnz', 'dropped'), lead)
-  shapes |= dict.fromkeys(('t_q_id', 't_kv_id', 't_flags'), (*lead, NZT))
-  if plan.row_bits is not None:
-    shapes['row_bits'] = (*lead, T, -(-plan.nk // 32))
-  for name, shape in shapes.items():
-    x, want = getattr(plan, name), np.uint32 if name == 'row_bits' else np.int32
-    if x.shape != shape or x.dtype != want:
-      raise ValueError(f'plan.{name} has shape {x.shape} and dtype {x.dtype}, expected {np.dtype(want)} {shape}')
+  checks.shapes(plan, B, H, K, T, S)
   if _is_numpy(plan):
-    for name, end in (('q_id', plan.nq), ('kv_id', plan.nk), ('t_q_id', plan.nq), ('t_kv_id', plan.nk)):
-      x = getattr(plan, name)
-      _refuse(x, (x >= 0) & (x < end), f'plan.{name}[{{}}] is {{}}, expected a block, 0 to {end - 1}')
-    for name, x, count in (('q_id', plan.q_id, plan.nq), ('t_kv_id', plan.t_kv_id, plan.nk)):
-      steps = np.diff(x, prepend=-1, append=count)  # from block to next block: 0 or 1
-      _refuse(steps, (steps >= 0) & (steps <= 1), f'plan.{name} is out of order or leaves blocks out, at [{{}}]')
+    checks.lists(plan)
 
 
 def select(plan: Plan, batch=slice(None), heads=slice(None)) -> Plan:
-  """The plan of some rows of the batch and some heads: slices or int arrays of its Bm and Hm."""
+  """The plan of some rows of the batch and some heads: slices or int arrays of its Bm and Hm.
+
+  Raises:
+    ValueError: an index that is neither, out of range, or takes none.
+  """
+  for name, index, n in (('batch', batch, plan.nnz.shape[0]), ('heads', heads, plan.nnz.shape[1])):
+    try:
+      taken = np.arange(n)[index]
+    except IndexError as error:
+      raise ValueError(f'{name}={index!r} does not fit the {n} of the plan: {error}') from None
+    if taken.ndim != 1 or not taken.size:
+      raise ValueError(f'{name}={index!r} takes {taken} of the {n} of the plan, expected a slice or int array of some')
   return jax.tree.map(lambda x: x[batch][:, heads], plan)
 
 
@@ -293,7 +294,7 @@ def concat(plans, axis: int) -> Plan:
     ValueError: they differ in T, S, a block size, row bits, or the other axis.
   """
   plans = list(plans)
-  form = lambda x: (x.T, x.S, x.block_q, x.block_kv, x.nnz.shape[1 - axis], x.row_bits is None)
+  form = lambda x: (x.T, x.S, x.block_q, x.block_kv, x.has_positions, x.nnz.shape[1 - axis], x.row_bits is None)
   if axis not in (0, 1) or not plans or len({form(x) for x in plans}) > 1:
     raise ValueError(
       f'axis={axis} and plans {plans}: expected axis 0 or 1, plans of equal T, S, blocks, row bits and other axis'
@@ -308,7 +309,7 @@ def concat(plans, axis: int) -> Plan:
       at = np.arange(max(x.shape[-1] for x in parts))
       parts = [xp.where(at < x.shape[-1], x[..., at.clip(max=x.shape[-1] - 1)], end) for x, end in zip(parts, last)]
     arrays[name] = None if parts[0] is None else xp.concatenate(parts, axis)
-  return dataclasses.replace(plans[0], **arrays)
+  return dataclasses.replace(plans[0], **arrays, needs_mask=any(x.needs_mask for x in plans))
 
 
 def _plan(kv_id, keep, partial, dropped, sizes, capacity) -> Plan:

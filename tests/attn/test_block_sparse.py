@@ -131,8 +131,9 @@ def test_plan_of_a_mask_is_the_mask(name):
 
 
 def test_what_else_hides_keys_hides_them_in_full_tiles():
-  x, lengths = arrays(), np.array([17, 9])
+  x, lengths = arrays(), np.array([6, 3])
   made = plan.of(masks.causal(), T, S, block_q=BQ, block_kv=BK)
+  assert (plan.blocks(made)[0, 0, :, :2] == masks.FULL).any(0).all(), 'full tiles are cut'
   seen = pairs(np.ones((1, 1, NQ, NK), bool), mask=lambda i, j: j <= i)
   seen = seen & (np.arange(S) < lengths[:, None])[:, None, None]
   with jax.enable_x64(True):
@@ -219,6 +220,10 @@ def test_work_follows_the_plan():
     ({'plan': plan.of(masks.causal(), T, T, block_q=8, block_kv=4)}, f'S={T}'),
     ({'plan': plan.of(masks.causal(), T, S, block_q=5, block_kv=4)}, 'multiple of 8'),
     ({'plan': 'causal'}, 'expected a Plan'),
+    ({'mask': None}, 'mask=None, and some tiles of the plan are partly hidden'),
+    ({'positions': np.arange(T), 'kv_positions': np.arange(S)}, 'the plan was made without positions'),
+    ({'plan': plan.of(masks.causal(), T, S, block_q=8, block_kv=4, positions=np.arange(T))}, 'made with positions'),
+    ({'window': 3}, 'window is not an option of block_sparse.attend: expected one of bias, '),
     ({'mask': masks.document(np.zeros(3, int))}, r'expected \[19\]'),
     ({'scale': 'x'}, 'scale'),
   ],
@@ -227,7 +232,7 @@ def test_rejects(change, words):
   x = arrays(dtype=np.float32)
   made = plan.of(masks.causal(), T, S, block_q=8, block_kv=4)
   with pytest.raises(ValueError, match=words):
-    block_sparse.attend(x['q'], x['k'], x['v'], **{'plan': made, **change})
+    block_sparse.attend(x['q'], x['k'], x['v'], **{'plan': made, 'mask': masks.causal(), **change})
 
 
 def test_second_order_is_refused():
@@ -243,3 +248,62 @@ def test_pairs_of_the_tests_differ():
   seen = [pairs(choice(*shape, rows)) for shape, rows in itertools.product([(1, 1), (2, 2)], (NQ, T))]
   assert len({x.tobytes() for x in seen}) == len(seen)
   assert all(x.any() and not x[:, :, 8:16].any() for x in seen)
+
+
+@pytest.mark.parametrize('kind', ['static', 'arrays', 'lists of their own'])
+def test_nothing_comes_from_blocks_that_were_not_chosen(kind):
+  """Row 1 chose nothing and row 0 the second block of keys: NaN in the first block reaches nobody."""
+  chosen = np.array([[[[False, True], [False, False]]]])
+  chosen = chosen if kind == 'static' else np.repeat(chosen, 2, axis=0)
+  made = plan.from_blocks(chosen, T=16, S=16, block_q=8, block_kv=8)
+  made = jax.tree.map(jnp.asarray, made) if kind == 'arrays' else made
+  q, k, v = (np.random.default_rng(i).normal(size=(2, 16, 1, 4)) for i in range(3))
+  k[:, :8] = v[:, :8] = np.nan
+  f = lambda q, k, v: block_sparse.attend(q, k, v, made, mask=masks.everything())
+  with jax.enable_x64(True):
+    out, back = jax.vjp(f, q, k, v)
+    grads = back(np.where(np.arange(16)[:, None, None] < 8, 1.0, np.nan) * np.ones_like(out))
+  want, _ = oracle.attend(q[:, :8], k[:, 8:], v[:, 8:])
+  oracle.assert_close(out[:, :8], want)
+  np.testing.assert_array_equal(out[:, 8:], 0)
+  assert all(np.isfinite(grad).all() for grad in grads)
+
+
+def test_row_bits_of_many_key_blocks():
+  chosen = np.random.default_rng(4).random((1, 1, 16, 70)) < 0.2
+  made, keys = plan.from_rows(chosen, T=16, S=140, block_q=8, block_kv=2), (1, 140, 1, 4)
+  q, k, v = (np.random.default_rng(i).normal(size=shape) for i, shape in enumerate([(1, 16, 1, 4), keys, keys]))
+  want = oracle.attend(q, k, v, mask=np.repeat(chosen, 2, axis=3))
+  with jax.enable_x64(True):
+    for one in (made, jax.tree.map(jnp.asarray, made)):
+      got = block_sparse.attend(q, k, v, one, mask=masks.everything(), return_residual=True)
+      for a, b in zip(got, want):
+        oracle.assert_close(a, b)
+
+
+def test_calls_outside_of_jit_are_compiled_once(caplog):
+  x = arrays(dtype=np.float32)
+  made = plan.of(STREAMING, T, S, block_q=BQ, block_kv=BK)
+  loss = jax.value_and_grad(lambda q: block_sparse.attend(q, x['k'], x['v'], made, mask=STREAMING).sum())
+  loss(x['q'])
+  with jax.log_compiles():
+    for _ in range(3):
+      loss(x['q'])
+    assert 'Compiling' not in caplog.text
+  with jax.log_compiles():
+    jax.jit(lambda y: y * 2.5)(x['q'])
+  assert 'Compiling' in caplog.text, 'the log says when something is compiled'
+
+
+def test_lists_of_their_own_on_explicit_axes_are_refused():
+  mesh = jax.make_mesh((2, 2), ('b', 'h'))
+  x, made = arrays(dtype=np.float32), plan.from_blocks(choice(1, 2, NQ), **BLOCKS)
+  with jax.set_mesh(mesh):
+    q, k, v = (jax.device_put(x[name], jax.P('b', None, 'h')) for name in 'qkv')
+    with pytest.raises(ValueError, match='Explicit mesh axes: expected a call inside'):
+      block_sparse.attend(q, k, v, made, mask=STREAMING)
+    spec, lists = jax.P('b', None, 'h'), jax.tree.map(lambda _: jax.P(None, 'h'), made)
+    local = lambda q, k, v, made: block_sparse.attend(q, k, v, made, mask=STREAMING)
+    run = jax.jit(jax.shard_map(local, in_specs=(spec, spec, spec, lists), out_specs=spec))
+    got = run(q, k, v, jax.tree.map(jax.reshard, made, lists))
+  np.testing.assert_allclose(got, oracle.attend(*(x[n] for n in 'qkv'), mask=pairs(choice(1, 2, NQ)))[0], atol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from attn import layouts, masks, softmax
+from attn import layouts, masks, simulate, softmax
 
 DRAWN = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -196,3 +196,23 @@ def test_holes_see_nothing_and_are_not_seen():
   np.testing.assert_array_equal(seen, (layout.order >= 0)[:, None] & (layout.order >= 0))
   kind = masks.verdicts(masks.placed(masks.everything(), layout), 16, block_q=4, block_kv=4).kind[0, 0]
   assert kind[0, 0] == masks.FULL and (kind[3] == masks.PARTIAL).all()
+
+
+def test_text_before_tiles_shifts_them():
+  """What the module's example says: runs of a tile's length are boxes if the text stands behind, or is padded."""
+  video, text = layouts.grid(4, 16, 16).tiled((2, 8, 8)), layouts.line(16)
+  near = masks.neighborhood((4, 16, 16), (2, 8, 8), stride=(2, 8, 8))
+  shares = []
+  for parts, segment in (((text, video), 1), ((video, text), 0), ((text.tiled(128, is_padded=True), video), 1)):
+    layout = layouts.concat(*parts)
+    mask = masks.placed(near & masks.segments(segment, segment) | masks.segments(1 - segment, None)
+                        | masks.segments(None, 1 - segment), layout)  # fmt: skip
+    shares.append(simulate.mask(mask, len(layout), block_q=128, block_kv=128).mean)
+  assert shares[0] < 0.75 * shares[1] and shares[0] < 0.75 * shares[2]
+
+
+def test_a_traced_layout_does_not_permute():
+  layout = layouts.grid(2, 2)
+  with pytest.raises(ValueError, match='the layout is traced'):
+    jax.jit(lambda layout: layout.permute(jnp.ones((1, 4))))(layout)
+  assert repr(layout) == 'Layout(4 tokens, 2 axes)'

@@ -264,3 +264,74 @@ def test_a_shifted_mask_would_be_noticed():
     pair = POSITIONAL[name][1]
     want = oracle.dense(lambda b, h, i, j, t, s, pair=pair: pair(b, h, i, j), 5, 5, batch=B, heads=H)
     assert (evaluate(wrong, 5, 5) != want).any()
+
+
+@pytest.mark.parametrize('offset', [2**31 - 1, -(2**31), 2**31 - 5])
+def test_offsets_at_the_limits(offset):
+  mask = masks.causal(offset)
+  want = np.arange(40) - np.arange(40)[:, None] <= offset
+  np.testing.assert_array_equal(masks.dense(mask, 40)[0, 0], want)
+  some, every = masks.verdicts(mask, 40, block_q=8, block_kv=8)
+  assert some.all() == every.all() == want.all()
+
+
+@pytest.mark.parametrize('make', [masks.causal, masks.prefix, lambda x: masks.grouped(4, x)])
+def test_numbers_beyond_int32_are_refused(make):
+  with pytest.raises(ValueError, match='10000000000'):
+    make(10**10)
+  with pytest.raises(ValueError, match='expected what int32 holds'):
+    make(np.array([10**10]))
+
+
+def test_unsigned_ids_keep_their_documents():
+  ids = np.repeat(np.array([5, 2**31 + 5], np.uint32), 10)
+  want = ids[:, None] == ids
+  with pytest.raises(ValueError, match='expected what int32 holds'):
+    masks.document(ids)  # numpy
+  with pytest.raises(ValueError, match='expected what int32 holds'):
+    masks.document(np.array([1, 2**40]))
+  mask = masks.document(jnp.asarray(ids))
+  np.testing.assert_array_equal(masks.dense(mask, 20)[0, 0], want)
+  some, every = (np.asarray(x)[0, 0] for x in masks.verdicts(mask, 20, block_q=4, block_kv=4))
+  tiles = want.reshape(5, 4, 5, 4).transpose(0, 2, 1, 3)
+  assert (some >= tiles.any((2, 3))).all() and (every <= tiles.all((2, 3))).all()
+
+
+@pytest.mark.parametrize('dtype', [np.int8, np.uint8, np.int16, np.uint32])
+def test_narrow_positions(dtype):
+  for mask in (masks.neighborhood((20, 20), 3), masks.radial((4, 100), 0.5), masks.causal(), masks.window(3)):
+    positions = np.arange(100, 104).astype(dtype)
+    want = masks.dense(mask, 4, positions=positions.astype(np.int32), kv_positions=positions.astype(np.int32))
+    for form in (np.asarray, jnp.asarray):
+      got = masks.dense(mask, 4, positions=form(positions), kv_positions=form(positions))
+      np.testing.assert_array_equal(got, want)
+
+
+def test_one_shift_as_an_array():
+  want = masks.dense(masks.grouped(4, 2), 12)
+  np.testing.assert_array_equal(masks.dense(masks.grouped(4, jnp.asarray(2)), 12), want)
+
+
+def test_arrays_on_the_left_are_told_what_to_do():
+  for array in (np.ones((3, 3), bool), jnp.ones((3, 3), bool), True):
+    for combine in (lambda a, b: a & b, lambda a, b: a | b):
+      with pytest.raises(ValueError, match='wrap a bool array in'):
+        combine(array, masks.causal())
+
+
+def test_equality_and_text():
+  ids = np.array([0, 0, 1])
+  assert masks.document(ids) == masks.document(ids.copy()) != masks.document(ids + 1)
+  assert masks.causal() & masks.window(3) == masks.causal() & masks.window(3)
+  assert hash(masks.causal() & masks.window(3)) == hash(masks.causal() & masks.window(3))
+  assert masks.causal() != masks.causal(1) and masks.causal() != 3
+  assert repr(masks.causal() & (masks.window(3) | masks.sink(1))) == 'causal() & (window(3) | sink(1))'
+
+
+@pytest.mark.parametrize('T, words', [(-1, 'T=-1'), (2.5, 'T=2.5')])
+def test_lengths_are_checked(T, words):
+  for f in (masks.dense, lambda *a: masks.verdicts(*a, block_q=2, block_kv=2)):
+    with pytest.raises(ValueError, match=words):
+      f(masks.causal(), T)
+  with pytest.raises(ValueError, match='mask is ndarray, expected a mask'):
+    masks.dense(np.ones((3, 3), bool), 3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,9 +15,20 @@ GOOD = plan.of(masks.causal(), 16, block_q=8, block_kv=4)
   'change, words',
   [
     ({'q_id': GOOD.q_id[0]}, 'shape'),
-    ({'kv_id': GOOD.kv_id + 4}, r'plan.kv_id\[0, 0, 0\] is 4, expected a block, 0 to 3'),
-    ({'q_id': GOOD.q_id[..., ::-1].copy()}, 'plan.q_id is out of order or leaves blocks out'),
-    ({'q_id': GOOD.q_id * 0}, 'plan.q_id is out of order or leaves blocks out'),
+    ({'kv_id': GOOD.kv_id + 4}, r'plan.kv_id\[0, 0, 0\] is 4, expected 0 to 3'),
+    ({'q_id': GOOD.q_id[..., ::-1].copy()}, 'plan.q_id and kv_id: out of order, a block left out, or a tile twice'),
+    ({'q_id': GOOD.q_id * 0}, 'out of order'),
+    ({'kv_id': GOOD.kv_id[..., [1, 0, 2, 3, 4, 5]]}, 'out of order'),
+    ({'kv_id': GOOD.kv_id[..., [0, 0, 2, 3, 4, 5]]}, 'a tile twice'),
+    ({'nnz': GOOD.nnz * 0}, r'plan.nnz\[0, 0\] is 0, expected 2 to 6'),
+    ({'nnz': GOOD.nnz + 1}, r'plan.nnz\[0, 0\] is 7, expected 2 to 6'),
+    ({'nnz': GOOD.nnz - 1}, 'LAST is not where a block ends'),
+    ({'flags': GOOD.flags * 0}, 'FIRST is not where a block begins'),
+    ({'flags': GOOD.flags & ~plan.LAST}, 'LAST is not where a block ends'),
+    ({'flags': GOOD.flags & ~plan.VALID}, 'are not the tiles of'),
+    ({'flags': GOOD.flags & ~plan.PARTIAL}, 'are not the tiles of'),
+    ({'t_q_id': GOOD.t_q_id * 0}, 'plan.t_q_id and t_kv_id: out of order'),
+    ({'t_flags': GOOD.t_flags & ~plan.PARTIAL}, 'are not the tiles of'),
     ({'flags': GOOD.flags[..., :-1]}, r'plan.flags has shape'),
     ({'nnz': GOOD.nnz.astype(np.int64)}, r'plan.nnz has shape \(1, 1\) and dtype int64'),
     ({'row_bits': np.zeros((1, 1, 16, 2), np.uint32)}, 'plan.row_bits has shape'),
@@ -27,6 +39,25 @@ def test_check_refuses(change, words):
   plan.check(GOOD, 3, 4, 2, 16, 16)
   with pytest.raises(ValueError, match=words):
     plan.check(dataclasses.replace(GOOD, **change), 3, 4, 2, 16, 16)
+
+
+def test_tiles_beyond_the_arrays_must_be_partial():
+  ragged = plan.of(masks.everything(), 20, block_q=8, block_kv=8)
+  changed = dataclasses.replace(ragged, flags=ragged.flags & ~plan.PARTIAL, t_flags=ragged.t_flags & ~plan.PARTIAL)
+  with pytest.raises(ValueError, match='ends beyond the arrays is not PARTIAL'):
+    plan.check(changed, 1, 1, 1, 20, 20)
+
+
+@pytest.mark.parametrize('where', [{'batch': 0}, {'batch': slice(5, 6)}, {'heads': np.array([3])}])
+def test_select_refuses(where):
+  with pytest.raises(ValueError, match=next(iter(where))):
+    plan.select(GOOD, **where)
+
+
+def test_plans_of_other_shapes_can_be_shown():
+  assert 'Plan(16x16' in repr(GOOD)
+  assert 'Plan(16x16' in repr(jax.tree.map(lambda x: x[None], GOOD))
+  assert 'Plan(16x16' in repr(jax.tree.map(lambda x: None, GOOD))
 
 
 def test_check_of_batch_and_heads():
