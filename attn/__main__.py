@@ -20,6 +20,7 @@ from attn.catalog import Method
 
 AXES = {
   'B': 'batch', 'T': 'queries', 'S': 'keys', 'H': 'query heads', 'K': 'key heads', 'D': 'key width', 'V': 'value width',
+  'N': 'entries of a table', 'R': 'rank',
 }  # fmt: skip
 
 
@@ -65,15 +66,19 @@ def _check(args) -> None:
   if args.shape is not None and args.name is None and args.draw is None:
     raise ValueError(f'--shape={args.shape!r} needs the name of a method')
   if args.draw is not None:
-    unused = [x for x in ('family', 'dtype', 'hardware', 'backward') if getattr(args, x)]
+    unused = [x for x in ('family', 'dtype', 'hardware', 'backward') if _is_given(args, x)]
     if unused:
       raise ValueError(f'--draw and --{unused[0]} exclude each other')
     return
-  if args.mask and args.name is None:
+  if args.mask is not None and args.name is None:
     raise ValueError('--mask needs --draw, or the name of a method and --shape')
   for option in ('dtype', 'hardware', 'backward', 'mask'):
-    if getattr(args, option) and args.shape is None:
+    if _is_given(args, option) and args.shape is None:
       raise ValueError(f'--{option} needs --shape')
+
+
+def _is_given(args, option) -> bool:
+  return getattr(args, option) not in (None, False)
 
 
 def _draw(args) -> None:
@@ -90,10 +95,9 @@ def _draw(args) -> None:
 def _cost(args) -> str:
   from attn.cost import method_cost
 
-  report = method_cost.report(
-    catalog.get(args.name), args.shape, dtype=args.dtype or 'bfloat16', chips=args.hardware or 'all', mask=args.mask,
-    is_backward=args.backward,
-  )  # fmt: skip
+  given = {'dtype': args.dtype, 'chips': args.hardware, 'mask': args.mask}
+  given = {name: x for name, x in given.items() if x is not None}
+  report = method_cost.report(catalog.get(args.name), args.shape, is_backward=args.backward, **given)
   return json.dumps(report, indent=2) if args.json else method_cost.text(report, _width())
 
 

@@ -5,51 +5,26 @@
 
 The machine that is counted for computes tiles: `blocks.q` queries of all G = H / K heads that share a key head, and
 `blocks.kv` keys. Tiles that the mask leaves empty are skipped, all others are computed whole, so that work goes by the
-elements of visited tiles and not of the mask. Every load of a tile counts; caches between main memory and a core are
-not modelled. attn/cost/roofline.py makes times of costs.
+elements of visited tiles and not of the mask. Every load of a tile counts, as if nothing were cached between main
+memory and a core; `least_bytes` counts what must move even if everything were. attn/cost/roofline.py makes times.
 """
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
-from attn import bias as biases, masks, softmax
-from attn.cost import op_count
-from attn.masks import sequence
+from attn import bias as biases, masks, plan as plans, softmax
+from attn.cost import op_count, visits as tiles
+from attn.cost.visits import Sizes, Visits
 
 # Vector operations a score, forward: scale, maximum, subtract, add to the sum. Backward: scale, subtract the
 # log-sum-exp, subtract delta, multiply by p. A mask compares and selects; a soft cap multiplies before and after tanh,
 # and its slope 1 - t * t, times ds, is three more. Counts are of what attn/tiled.py does, a multiply-add being one.
 _SCORE, _SCORE_BACK, _MASK, _CAP, _CAP_BACK = 4, 4, 2, 2, 5
-_BEARABLE = 2**24  # tiles that are looked at one by one
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """Axis lengths of a call: batch, queries, keys, query heads, key heads, key width, value width."""
-
-  B: int
-  T: int
-  S: int
-  H: int
-  K: int
-  D: int
-  V: int
-
-  def __post_init__(self):
-    for name, n in dataclasses.asdict(self).items():
-      if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise ValueError(f'{name}={n!r} must be an integer, at least 1')
-    if self.H % self.K:
-      raise ValueError(f'K={self.K} key heads must divide H={self.H} query heads')
-
-  @property
-  def G(self) -> int:
-    """Query heads that share a key head."""
-    return self.H // self.K
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +41,8 @@ class Cost:
     passes: times that all keys are gone through for the same query.
     programs: parts that may run at the same time.
     launches: kernels.
+    least_bytes: what must move however much is cached: every operand that is used, and every result, once. None where
+      that is all that read_bytes and write_bytes count.
   """
 
   matmul_flops: Mapping[str, int]
@@ -77,6 +54,7 @@ class Cost:
   passes: int
   programs: int
   launches: int = 1
+  least_bytes: int | None = None
 
   def __post_init__(self):
     object.__setattr__(self, 'matmul_flops', types.MappingProxyType(dict(self.matmul_flops)))
@@ -97,29 +75,6 @@ class Cost:
     return self.flops / self.hbm_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Visits:
-  """Tiles that are computed, summed over the batch and the key heads.
-
-  Attributes:
-    tiles: how many.
-    elements: scores in them, of every query head; what lies beyond the arrays is not counted.
-    partial: scores in those tiles that need the mask.
-    rows: query rows in them, of every query head.
-    columns: keys in them, of every key head.
-    share: elements / all scores.
-    is_bound: whether these are upper bounds: the list of tiles was too long, and larger tiles were looked at.
-  """
-
-  tiles: int
-  elements: int
-  partial: int
-  rows: int
-  columns: int
-  share: float
-  is_bound: bool = False
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attention:
   """A call of softmax.attend by its shapes and options.
@@ -132,6 +87,9 @@ class Attention:
     bias: shape of an additive bias that is read from memory, [1 or B, 1 or H, 1 or T, 1 or S], or None.
     score: a score of attn.bias, or None.
     splits: runs of keys that are computed apart and merged (attn/split_kv.py).
+    shift: query t stands at position t + shift: S - T puts the queries at the end of the keys, as in decoding.
+    plan: of attn.plan: its tiles are those that are computed, at its tile sizes; the mask is then what hides keys in
+      tiles that are partly hidden. None takes the tiles that the mask leaves.
   """
 
   sizes: Sizes
@@ -141,16 +99,22 @@ class Attention:
   bias: tuple[int, ...] | None = None
   score: biases.Score | None = None
   splits: int = 1
+  shift: int = 0
+  plan: plans.Plan | None = None
   _seen: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   def __post_init__(self):
     s = self.sizes
-    masks.check(self.mask, s.B, s.H, s.T, s.S, is_default=(True, True))
+    masks.check(self.mask, s.B, s.H, s.T, s.S, is_default=(self.shift == 0, True))
     whole = (s.B, s.H, s.T, s.S)
     if self.bias is not None and (len(self.bias) != 4 or any(n not in (1, want) for n, want in zip(self.bias, whole))):
       raise ValueError(f'bias={self.bias} must be a shape of 4 axes that broadcasts to {whole} [B, H, T, S]')
     if not 1 <= self.splits <= s.S:
       raise ValueError(f'splits={self.splits} must be in 1..{s.S}, the number of keys')
+    if isinstance(self.shift, bool) or not isinstance(self.shift, int | np.integer) or abs(self.shift) + s.T >= 2**31:
+      raise ValueError(f'shift={self.shift!r} must be an integer, and positions below 2**31')
+    if self.plan is not None:
+      plans.check(self.plan, s.B, s.H, s.K, s.T, s.S)
 
   @property
   def itemsize(self) -> int:
@@ -164,59 +128,33 @@ class Attention:
       self._seen['score'] = op_count.of_score(self.score, self.sizes.H)
     return self._seen['score']
 
+  @property
+  def group(self) -> int:
+    """Query heads whose rows are in one tile: G, unless a plan has a list for each."""
+    return tiles.group(self.sizes, self.plan)
+
   def clipped(self, blocks: softmax.Blocks) -> softmax.Blocks:
-    """Tiles no larger than the arrays."""
+    """Tiles no larger than the arrays.
+
+    Raises:
+      ValueError: blocks below 1, or other than those of the plan.
+    """
     softmax.check_blocks(blocks)
-    return softmax.Blocks(q=min(blocks.q, self.sizes.T), kv=min(blocks.kv, self.sizes.S))
+    clip = lambda q, kv: softmax.Blocks(q=min(q, self.sizes.T), kv=min(kv, self.sizes.S))
+    if self.plan is not None and clip(blocks.q, blocks.kv) != clip(self.plan.block_q, self.plan.block_kv):
+      raise ValueError(f'blocks={blocks}, but the tiles of the plan are {self.plan.block_q} x {self.plan.block_kv}')
+    return clip(blocks.q, blocks.kv)
 
   def visits(self, blocks: softmax.Blocks) -> Visits:
     """The tiles that are computed: no O(TS) memory."""
     blocks = self.clipped(blocks)
     if blocks not in self._seen:
-      self._seen[blocks] = _visits(self.sizes, self.mask, blocks)
+      self._seen[blocks] = (
+        tiles.of_mask(self.sizes, self.mask, blocks, self.shift)
+        if self.plan is None
+        else tiles.of_plan(self.sizes, self.plan)
+      )
     return self._seen[blocks]
-
-
-def _visits(s, mask, blocks):
-  bq, bk = blocks.q, blocks.kv
-  while -(-s.T // bq) * -(-s.S // bk) > _BEARABLE:
-    bq, bk = (2 * bq, bk) if bq < bk else (bq, 2 * bk)
-  coarse = _visits_of_tiles(s, mask, softmax.Blocks(q=bq, kv=bk))
-  m, n = bq // blocks.q, bk // blocks.kv
-  if m == n == 1:
-    return coarse
-  return dataclasses.replace(
-    coarse, tiles=m * n * coarse.tiles, rows=n * coarse.rows, columns=m * coarse.columns, is_bound=True
-  )
-
-
-def _visits_of_tiles(s, mask, blocks):
-  some, every = masks.verdicts(mask, s.T, s.S, block_q=blocks.q, block_kv=blocks.kv, batch=s.B, heads=s.H)
-  some, every = np.asarray(some), np.asarray(every)
-  # A tile that ends beyond the arrays holds padding and needs a mask.
-  whole = (np.arange(0, s.T, blocks.q)[:, None] + blocks.q <= s.T) & (np.arange(0, s.S, blocks.kv) + blocks.kv <= s.S)
-  every = every & whole
-  if some.shape[1] > 1:  # a tile holds the rows of all heads that share a key head
-    some = some.reshape(some.shape[0], s.K, s.G, *some.shape[2:]).any(2)
-    every = every.reshape(every.shape[0], s.K, s.G, *every.shape[2:]).all(2)
-  times = (s.B // some.shape[0]) * (s.K // some.shape[1])
-  rows = np.minimum(blocks.q, s.T - np.arange(0, s.T, blocks.q)) * s.G
-  per_row = some.sum(-1)
-  elements = _elements(some, rows, blocks.kv, s.S)
-  return Visits(
-    tiles=times * int(per_row.sum()),
-    elements=times * elements,
-    partial=times * _elements(some & ~every, rows, blocks.kv, s.S),
-    rows=times * int((per_row * rows).sum()),
-    columns=times * _elements(some, np.ones_like(rows), blocks.kv, s.S),
-    share=times * elements / (s.B * s.H * s.T * s.S),
-  )
-
-
-def _elements(tiles, rows, block_kv, S):
-  """Sum of rows x keys over tiles [b, k, nq, nk]; the last key tile may be short."""
-  short = tiles.shape[-1] * block_kv - S
-  return int(((tiles.sum(-1) * block_kv - tiles[..., -1] * short) * rows).sum())
 
 
 def forward(call: Attention, blocks: softmax.Blocks, *, lanes=1, return_residual=False) -> Cost:
@@ -247,7 +185,8 @@ def forward(call: Attention, blocks: softmax.Blocks, *, lanes=1, return_residual
     writes += (n * s.V + 4) * parts
   return Cost(
     {call.dtype: 2 * v.elements * (s.D + s.V)}, vector, exps, reads, writes,
-    fast_bytes(call, blocks, lanes=lanes), 1, s.B * s.K * -(-s.T // blocks.q) * call.splits, launches,
+    fast_bytes(call, blocks, lanes=lanes), 1, s.B * (s.H // call.group) * -(-s.T // blocks.q) * call.splits, launches,
+    least_bytes(call, blocks),
   )  # fmt: skip
 
 
@@ -268,24 +207,57 @@ def backward(call: Attention, blocks: softmax.Blocks, *, lanes=1) -> Cost:
   reads += _dense_bytes(call, blocks)
   writes = n * keys * (s.D + s.V) + 4 * s.D * v.rows + 4 * rows
   if call.bias is not None:
-    writes += 4 * int(np.prod(call.bias))
+    writes += 4 * math.prod(call.bias)
   return Cost(
     {call.dtype: 2 * v.elements * (3 * s.D + 2 * s.V)}, vector, (1 + call.soft_cap + score_exps) * v.elements,
-    reads, writes, fast_bytes(call, blocks, lanes=lanes, is_backward=True), 1, s.B * s.K * -(-s.S // blocks.kv), 2,
+    reads, writes, fast_bytes(call, blocks, lanes=lanes, is_backward=True), 1,
+    s.B * (s.H // call.group) * -(-s.S // blocks.kv), 2, least_bytes(call, blocks, is_backward=True),
   )  # fmt: skip
 
 
 def materialized(call: Attention) -> Cost:
   """Attention as separate operations, scores in main memory: implementation='reference', without a mask.
 
-  The scores, in float32, are written and read three times: maximum; exponential and sum; quotient, which the second
-  product reads.
+  The scores, in float32, are written three times: as logits, exponentials and quotients. They are read four times: for
+  the maximum, the exponential, the sum and quotient, and by the second product.
   """
   s, n = call.sizes, call.itemsize
   rows, keys, scores = s.B * s.T * s.H, s.B * s.S * s.K, s.B * s.H * s.T * s.S
-  reads = n * (rows * s.D + keys * (s.D + s.V)) + 3 * 4 * scores + 4 * scores
-  writes = n * rows * s.V + 3 * 4 * scores
-  return Cost({call.dtype: 2 * scores * (s.D + s.V)}, 5 * scores, scores, reads, writes, 0, 3, rows, 5)
+  least = n * (rows + keys) * (s.D + s.V)
+  reads, writes = n * (rows * s.D + keys * (s.D + s.V)) + 4 * 4 * scores, n * rows * s.V + 3 * 4 * scores
+  return Cost({call.dtype: 2 * scores * (s.D + s.V)}, 5 * scores, scores, reads, writes, 0, 3, rows, 5, least)
+
+
+def least_bytes(call: Attention, blocks: softmax.Blocks, *, is_backward=False) -> int:
+  """Bytes that must move whatever is cached: what the visited tiles hold read once, results written once.
+
+      forward    q, k, v; out
+      backward   q, k, v, out, d_out of visited rows and keys, their log-sum-exp; dq, dk, dv
+
+  A bias counts with as many numbers as its visited part has at least, and in the backward its gradient.
+
+  Args:
+    call: the call.
+    blocks: tile sizes in tokens; smaller ones hold fewer rows and keys that nothing sees.
+    is_backward: of `backward`, in place of `forward`.
+  """
+  s, v, n = call.sizes, call.visits(blocks), call.itemsize
+  rows, keys, used_rows, used_keys = s.B * s.T * s.H, s.B * s.S * s.K, v.distinct_rows, v.distinct_columns
+  total = n * used_keys * (s.D + s.V) + _once(call, v)
+  if not is_backward:
+    return total + n * (used_rows * s.D + rows * s.V)
+  total += n * (used_rows * (2 * s.D + 2 * s.V) + keys * (s.D + s.V)) + 4 * used_rows
+  return total + (0 if call.bias is None else min(4, n) * math.prod(call.bias))
+
+
+def array_bytes(call: Attention, *, is_backward=False) -> int:
+  """Main memory of the arrays of a call: q, k, v, out and a bias; backward also the gradients and the log-sum-exp."""
+  s, n = call.sizes, call.itemsize
+  rows, keys = s.B * s.T * s.H, s.B * s.S * s.K
+  total = n * ((rows + keys) * (s.D + s.V) + (0 if call.bias is None else math.prod(call.bias)))
+  if is_backward:
+    return 2 * total + 4 * rows
+  return total + ((n * s.V + 4) * call.splits * rows if call.splits > 1 else 0)
 
 
 def fast_bytes(call: Attention, blocks: softmax.Blocks, *, lanes=1, is_backward=False) -> int:
@@ -294,11 +266,11 @@ def fast_bytes(call: Attention, blocks: softmax.Blocks, *, lanes=1, is_backward=
       2 (Bq D + Bk (D + V)) itemsize + 4 Bq Bk + 4 Bq (V + 2)                                 forward
       2 (Bq + Bk) (D + V) itemsize + 16 Bq + 8 Bq Bk + 4 Bk (D + V) + 16 Bq D                 backward
 
-  with Bq = blocks.q G rows. Last axes are padded to `lanes`; a number a row takes `lanes` too.
+  with Bq = blocks.q G rows (G = call.group). Last axes are padded to `lanes`; a number a row takes `lanes` too.
   """
   blocks, n = call.clipped(blocks), call.itemsize
   pad = lambda width: -(-width // lanes) * lanes
-  Bq, Bk, D, V = blocks.q * call.sizes.G, blocks.kv, pad(call.sizes.D), pad(call.sizes.V)
+  Bq, Bk, D, V = blocks.q * call.group, blocks.kv, pad(call.sizes.D), pad(call.sizes.V)
   if is_backward:  # q, d_out, k, v, lse and delta; p and ds; dk and dv; dq in and out, twice
     inputs = 2 * (Bq + Bk) * (D + V) * n + 2 * 2 * Bq * lanes * 4
     return inputs + 2 * Bq * pad(Bk) * 4 + Bk * (D + V) * 4 + 2 * 2 * Bq * D * 4
@@ -369,27 +341,34 @@ def cost_estimate(cost: Cost) -> dict[str, int]:
 
 def _dense_bytes(call, blocks):
   """Bytes of bias and of bool arrays in the mask that the visited tiles read."""
-  s, v = call.sizes, call.visits(blocks)
+  v, G = call.visits(blocks), call.group
   total = 0
-  if call.bias is not None:
-    heads = s.G if call.bias[1] > 1 else 1
-    total += call.itemsize * _tile_sum(v, s, heads, call.bias[2] > 1, call.bias[3] > 1)
-  for array in _arrays(call.mask):
-    heads = s.G if array.shape[1] > 1 else 1
-    total += _tile_sum(v, s, heads, array.shape[2] > 1, array.shape[3] > 1)
+  for shape, itemsize in _dense(call):
+    heads = G if shape[1] > 1 else 1
+    if shape[2] > 1:
+      count = (v.elements if shape[3] > 1 else v.rows) * heads // G
+    else:
+      count = (v.columns if shape[3] > 1 else v.tiles) * heads
+    total += itemsize * count
   return total
 
 
-def _tile_sum(v, s, heads, has_rows, has_columns):
-  """Numbers of an array [.., T or 1, S or 1] that the visited tiles hold."""
-  if has_rows:
-    return (v.elements if has_columns else v.rows) * heads // s.G
-  return (v.columns if has_columns else v.tiles) * heads
+def _once(call, v):
+  """Bytes of the bias that the visited tiles hold, at least, each number once.
+
+  Rows of the batch and heads that share it may hold different parts: together at least the mean of theirs.
+  """
+  s = call.sizes
+  if call.bias is None:
+    return 0
+  b, h, t, n = call.bias
+  held = (v.elements if n > 1 else v.distinct_rows) if t > 1 else v.distinct_columns * call.group * (n > 1)
+  return call.itemsize * (held * b * h // (s.B * s.H))
 
 
-def _arrays(mask):
-  """The bool arrays inside a mask."""
-  if isinstance(mask, sequence.Array):
-    return [mask.values]
-  parts = [getattr(mask, x.name) for x in dataclasses.fields(mask)] if dataclasses.is_dataclass(mask) else []
-  return [array for part in parts if isinstance(part, masks.Mask) for array in _arrays(part)]
+def _dense(call):
+  """(shape, bytes of a number) of the arrays [1 or B, 1 or H, 1 or T, 1 or S] that are read beside q, k and v."""
+  if call.bias is not None:
+    yield call.bias, call.itemsize
+  for array in tiles.arrays_of(call.mask):
+    yield array.shape, 1

@@ -111,7 +111,11 @@ def flops(cascade: Cascade, sizes: Mapping[str, int]) -> dict[str, int]:
   Args:
     cascade: any.
     sizes: rank -> length.
+
+  Raises:
+    ValueError: two tensors of one name.
   """
+  _check_names(cascade)
   count = lambda x: len(x.inputs) - 1 + bool(x.reduce)
   return {x.out.name: count(x) * math.prod(sizes[r] for r in x.ranks) for x in cascade}
 
@@ -125,17 +129,21 @@ def passes(cascade: Cascade, rank: str) -> int:
   """The number of passes over a rank, by a search of the graph.
 
   A rank may be cut, m into m1 and m0: then an einsum goes through all of it only if it has both; one that has m1 alone
-  works on results of whole tiles. Of each tensor is known the pass that it belongs to, and whether it is there during
-  that pass, element by element, or after its end. A reduction over the rank is there after; whatever goes through the
-  rank again and needs it belongs to the next pass.
+  works on results of whole tiles. Walks go from the first element to the last. Of each tensor is known the pass that it
+  belongs to, and whether it is there during that pass, element by element, or after its end. A reduction over the rank
+  is there after, and so is a tensor that runs from the last element to the first; whatever goes through the rank again
+  and needs it belongs to the next pass.
 
   Raises:
-    ValueError: no einsum has the rank; a loop needs the end of itself.
+    ValueError: no einsum goes through the rank; it is whole in one einsum and cut in another; two tensors of one name;
+      a loop needs the end of itself.
   """
-  parts = frozenset(r for x in cascade for r in x.ranks if re.fullmatch(rf'{rank}\d*', r))
-  if not parts:
-    raise ValueError(f'rank={rank!r} is not a rank of the cascade')
-  outer = max(parts)  # m, or m1 of m1 and m0
+  _check_names(cascade)
+  parts = _parts(cascade, rank)
+  if not parts or not any(parts <= x.ranks for x in cascade):
+    raise ValueError(f'rank={rank!r} is not a rank of the cascade, or no einsum goes through all of it')
+  outer = max(parts, key=lambda x: (len(x), x))  # m, or m1 of m1 and m0
+  backwards = _backwards(cascade, outer)
   there: dict[str, tuple[int, bool]] = {}  # name -> (pass, is it there only after the end)
   total = 0
   for _ in range(len(cascade) + 1):  # a running tensor is read before it is made: again until nothing changes
@@ -146,12 +154,42 @@ def passes(cascade: Cascade, rank: str) -> int:
       if parts <= x.ranks:
         at, is_after = at + is_after, False
         total = max(total, at)
-      if outer in x.reduced:
+      if outer in x.reduced or x.out.name in backwards:
         is_after = True
       there[x.out.name] = at, is_after
     if there == before:
       return total
   raise ValueError('the cascade has a loop that needs its own end')
+
+
+def _parts(cascade, rank):
+  """The ranks that `rank` is cut into, or itself.
+
+  Raises:
+    ValueError: it is both whole and cut.
+  """
+  parts = frozenset(r for x in cascade for r in x.ranks if re.fullmatch(rf'{rank}\d*', r))
+  if rank in parts and len(parts) > 1:
+    names = ', '.join(sorted(parts))
+    raise ValueError(f'rank={rank!r} is whole in some einsums and cut in others ({names}): expected one of the two')
+  return parts
+
+
+def _backwards(cascade, rank):
+  """Names of tensors that run from the last element of a rank to the first: the element after makes the one before."""
+  made = {x.out.name: x for x in cascade}
+  needs = {name: {y.name for y in x.inputs} for name, x in made.items()}
+  for _ in made:  # what they need, what that needs, and so on
+    needs = {name: found.union(*(needs.get(y, ()) for y in found)) for name, found in needs.items()}
+  is_next = lambda y: rank in y.shift and y.name in made and rank not in made[y.name].out.shift
+  return {name for name, x in made.items() for y in x.inputs if is_next(y) and name in needs[y.name] | {y.name}}
+
+
+def _check_names(cascade):
+  names = [x.out.name for x in cascade]
+  twice = sorted({x for x in names if names.count(x) > 1})
+  if twice:
+    raise ValueError(f'the cascade makes {", ".join(twice)} twice, expected a name for each tensor')
 
 
 def minimal_bytes(cascade: Cascade, rank: str, sizes: Mapping[str, int], itemsize: int, fast_bytes: float) -> int:
@@ -164,9 +202,10 @@ def minimal_bytes(cascade: Cascade, rank: str, sizes: Mapping[str, int], itemsiz
     itemsize: bytes of a number.
     fast_bytes: room for these inputs.
   """
+  _check_names(cascade)
   made = {x.out.name for x in cascade}
   inputs = {y.name: y for x in cascade for y in x.inputs if y.name not in made}
-  parts = {r for x in cascade for r in x.ranks if re.fullmatch(rf'{rank}\d*', r)}
+  parts = _parts(cascade, rank)
   size = sum(itemsize * math.prod(sizes[r] for r in y.ranks) for y in inputs.values() if parts & set(y.ranks))
   return size if size <= fast_bytes else passes(cascade, rank) * size
 
@@ -178,11 +217,13 @@ def evaluate(cascade: Cascade, inputs: Mapping[str, Any], name: str, *, k: int |
     cascade: any.
     inputs: arrays by name, their axes in the order of the ranks.
     name: of the tensor that is asked for.
-    k: of 'kth'.
+    k: of 'kth'; None is the last.
 
   Raises:
-    ValueError: no such tensor, arrays that do not fit each other, or a missing input.
+    ValueError: no such tensor or two of a name, arrays that do not fit each other, a missing input, or k that is not in
+      1..n, for n elements of a 'kth'.
   """
+  _check_names(cascade)
   by_name = {x.out.name: x for x in cascade}
   if name not in by_name:
     raise ValueError(f'name={name!r} is not made by the cascade, expected one of {", ".join(by_name)}')
@@ -221,7 +262,10 @@ def evaluate(cascade: Cascade, inputs: Mapping[str, Any], name: str, *, k: int |
 
 def _reduced(values: Sequence[float], how: str, k: int | None):
   if how == 'kth':
-    return sorted(values, reverse=True)[(k or len(values)) - 1]
+    k = len(values) if k is None else k
+    if not 1 <= k <= len(values):
+      raise ValueError(f'k={k} must be in 1..{len(values)}')
+    return sorted(values, reverse=True)[k - 1]
   return max(values) if how == 'max' else sum(values) if how == 'sum' else values[0]
 
 

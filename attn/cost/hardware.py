@@ -3,9 +3,10 @@
     chip = hardware.get('v5e')
     chip.matmul['bfloat16'], chip.hbm_bandwidth, chip.sources['hbm_bandwidth']
 
-All figures are peaks of one chip; a figure that could not be sourced is None, and whoever uses it says what is left
-out. Derived ones say from what: the clock of a TPU follows from its peak and its matrix units, and with it the rates
-of its vector unit (8 x 128 numbers an operation) from the slots that the compiler fills in one cycle.
+All figures are peaks of one chip, of which JAX may show two devices (`devices`). A figure that could not be sourced is
+None, and whoever uses it says what is left out. Derived ones say from what: the clock of a TPU follows from its peak
+and its matrix units, and with it the rates of its vector unit (8 x 128 numbers an operation) from the slots that the
+compiler fills in one cycle.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 
 FIGURES = (
   'matmul', 'hbm_bandwidth', 'hbm_bytes', 'fast_bytes', 'vector_rate', 'exp_rate', 'launch_latency', 'cores',
-  'link_bandwidth',
+  'link_bandwidth', 'devices',
 )  # fmt: skip
 
 
@@ -36,6 +37,7 @@ class Hardware:
     launch_latency: seconds from one kernel to the next.
     cores: programs that run at the same time.
     link_bandwidth: bytes/s, one way, that a chip can send to its neighbour in a ring.
+    devices: that JAX shows for a chip; each has an equal share of it.
     sources: figure -> where it is from, or for None why it is missing.
   """
 
@@ -50,6 +52,7 @@ class Hardware:
   launch_latency: float | None
   cores: int | None
   link_bandwidth: float | None
+  devices: int
   sources: Mapping[str, str]
 
   def __post_init__(self):
@@ -86,11 +89,13 @@ _SLOTS = "slots of one cycle as libtpu 0.0.51 reports them with a compiled progr
 _NO_LATENCY = 'not published; measure it where it matters'
 
 
-def _tpu(name, page, matmul, hbm_bandwidth, hbm_bytes, vmem, cores, clock, alus, link_bandwidth, /, **sources):
+def _tpu(
+  name, page, matmul, hbm_bandwidth, hbm_bytes, vmem, cores, clock, alus, link_bandwidth, /, devices=1, **sources
+):  # fmt: skip
   """A TPU; its vector unit works on 8 x 128 numbers in each of `alus` slots, and one more makes exponentials."""
   return Hardware(
     name, 'tpu', matmul, hbm_bandwidth, hbm_bytes, vmem, cores * alus * 1024 * clock, cores * 1024 * clock, None, cores,
-    link_bandwidth,
+    link_bandwidth, devices,
     {
       'matmul': f'{_CLOUD}{page}; float32 is not published',
       'hbm_bandwidth': f'{_CLOUD}{page}',
@@ -101,6 +106,7 @@ def _tpu(name, page, matmul, hbm_bandwidth, hbm_bytes, vmem, cores, clock, alus,
       'launch_latency': _NO_LATENCY,
       'cores': f'{_CLOUD}{page}: TensorCores',
       'link_bandwidth': f'{_CLOUD}{page}, derived: both ways and all ports together / 2 / ports',
+      'devices': f'{_JAX}: one a chip of one TensorCore, or of two that work as one (megacore), else one a TensorCore',
       **sources,
     },
   )  # fmt: skip
@@ -115,20 +121,20 @@ def _tpus():
       45e9, link_bandwidth='How to Scale Your Model, https://jax-ml.github.io/scaling-book/tpus: one way, one link',
     ),
     _tpu(
-      'v5e', 'v5e', {'bfloat16': 197e12, 'int8': 393e12}, 819e9, 16e9, 128 * 2**20, 1, 197e12 / (4 * small), 4,
-      400e9 / 2 / 4,
+      'v5e', 'v5e', {'bfloat16': 197e12, 'int8': 393e12}, 819e9, 16 * _GIB, 128 * 2**20, 1, 197e12 / (4 * small),
+      4, 400e9 / 2 / 4, hbm_bytes=f'{_CLOUD}v5e prints 16 GB; {_JAX} has 17.2e9 bytes: 16 GiB',
     ),
     _tpu(
       'v5p', 'v5p', {'bfloat16': 459e12, 'int8': 918e12}, 2765e9, 95 * _GIB, 64 * 2**20, 2, 459e12 / (2 * 4 * small), 4,
       1200e9 / 2 / 6, matmul=f'{_CLOUD}v5p; int8 from {_JAX}; float32 is not published',
     ),
     _tpu(
-      'v6e', 'v6e', {'bfloat16': 918e12, 'int8': 1836e12}, 1638e9, 32e9, 128 * 2**20, 1, 918e12 / (2 * large), 4,
-      800e9 / 2 / 4,
+      'v6e', 'v6e', {'bfloat16': 918e12, 'int8': 1836e12}, 1638e9, 32 * _GIB, 128 * 2**20, 1, 918e12 / (2 * large),
+      4, 800e9 / 2 / 4, hbm_bytes=f'{_CLOUD}tpu7x: 32 GiB, in the table of generations',
     ),
     _tpu(
       'tpu7x', 'tpu7x', {'bfloat16': 2307e12, 'float8_e4m3fn': 4614e12, 'float8_e5m2': 4614e12}, 7380e9, 192 * _GIB,
-      64 * 2**20, 2, 2307e12 / (2 * 2 * large), 4, 1200e9 / 2 / 6,
+      64 * 2**20, 2, 2307e12 / (2 * 2 * large), 4, 1200e9 / 2 / 6, devices=2,
     ),
   )  # fmt: skip
 
@@ -140,11 +146,12 @@ def _gpu(name, matmul, hbm_bandwidth, hbm_bytes, block_kib, cores, clock, fp32, 
   """A GPU: each of `cores` multiprocessors does `fp32` operations and 16 exponentials a cycle."""
   return Hardware(
     name, 'gpu', matmul, hbm_bandwidth, hbm_bytes, (block_kib + 256) * 1024, cores * fp32 * clock, cores * 16 * clock,
-    None, cores, link_bandwidth,
+    None, cores, link_bandwidth, 1,
     {
       'vector_rate': f'derived: {cores} multiprocessors x {fp32} a cycle ({_GUIDE}) x {clock / 1e9:.4g} GHz',
       'exp_rate': f'derived: {cores} multiprocessors x 16 a cycle ({_GUIDE}) x {clock / 1e9:.4g} GHz',
       'launch_latency': _NO_LATENCY,
+      'devices': 'JAX shows each GPU as a device',
       **sources,
     },
   )  # fmt: skip
@@ -196,7 +203,7 @@ def _cpu():
   why = 'assumed: 2 cores of 3 GHz with two 512-bit multiply-add units each'
   return Hardware(
     'cpu', 'cpu', {'float32': 2 * cores * width * clock}, 40e9, 16 * _GIB, 2**20, cores * width * clock,
-    cores * width * clock / 12, 0.0, cores, None,
+    cores * width * clock / 12, 0.0, cores, None, 1,
     {
       'matmul': f'{why}; bfloat16 and int8 are left open',
       'hbm_bandwidth': 'assumed: two channels of memory, 20 GB/s each',
@@ -207,6 +214,7 @@ def _cpu():
       'launch_latency': 'a call of a function: nothing beside the rest',
       'cores': why,
       'link_bandwidth': 'no links',
+      'devices': 'JAX shows one device of the whole processor unless told otherwise',
     },
   )  # fmt: skip
 

@@ -12,18 +12,18 @@ import numpy as np
 
 from attn import bias, masks
 from attn.catalog import Method
-from attn.cost import Attention, Sizes, hardware, roofline
+from attn.cost import Attention, Sizes, array_bytes, hardware, roofline
 from attn.masks import text as mask_text
 
 DEFAULTS = {'B': 1, 'T': 8192, 'H': 32, 'D': 128}  # S is T, K is H, V is D
 LONGEST = 2**24  # tokens, heads or channels
 DTYPES = ('bfloat16', 'float16', 'float32', 'float8_e4m3fn', 'float8_e5m2')
 
-_CACHED = 'attn.cache.storage.attend'
-_ENTRIES = ('attn.softmax.attend', 'attn.split_kv.attend', _CACHED)
+_CACHED, _SPLIT, _PLANNED = 'attn.cache.storage.attend', 'attn.split_kv.attend', 'attn.block_sparse.attend'
+_ENTRIES = ('attn.softmax.attend', _SPLIT, _CACHED, _PLANNED)
 # Settings that change the result or the schedule and not the count, and inputs that weigh nothing beside q, k and v.
 _FREE_SETTINGS = ('implementation', 'blocks', 'scale', 'precision')
-_COUNTED_SETTINGS = ('mask', 'is_causal', 'soft_cap', 'splits')
+_COUNTED_SETTINGS = ('mask', 'is_causal', 'soft_cap', 'splits', 'chosen')
 _FREE_INPUTS = ('q', 'k', 'v', 'sinks', 'segment_ids')
 # Scores that a record makes from an array of its own, at a real size.
 _SCORES = {
@@ -51,32 +51,44 @@ def of_method(method: Method, sizes: Sizes, dtype='bfloat16', mask=None) -> tupl
   if dtype not in DTYPES:
     near = difflib.get_close_matches(str(dtype), DTYPES, n=1, cutoff=0.3)
     raise ValueError(f'dtype={dtype!r} is unknown: {_meant(near)}expected one of {", ".join(DTYPES)}')
-  _check_countable(method)
+  _check_countable(method, mask)
   if method.sizes.get('K') == 1 and sizes.K != 1:
     raise ValueError(f'K={sizes.K}, but {method.name} has one key head: K=1')
-  settings, notes = method.settings, []
+  settings = method.settings
   if mask is None:
     mask = settings.get('mask', masks.everything())
     if settings.get('is_causal'):
-      # Queries of a cache are the last ones of the text; elsewhere the first query is beside the first key.
-      shift = max(0, sizes.S - sizes.T) if method.path == _CACHED else 0
-      own = masks.causal(shift)
-      mask = own if isinstance(mask, type(masks.everything())) else own & mask
+      mask = masks.causal() if isinstance(mask, masks.Everything) else masks.causal() & mask
+  shift, notes = _placed(method, sizes, mask)
   if 'segment_ids' in method.inputs:
     notes.append('documents are data: costed as one document in each row of the batch')
   if method.path == _CACHED:
     notes.append('T new tokens against S keys, themselves included; writing them to the cache is not counted')
+  if method.path == _PLANNED:
+    notes.append('the plan of the mask, with a list for each key head; reading the list itself is not counted')
   if method.name == 'flash_bias':
     rank = method.sizes['R']
     sizes = dataclasses.replace(sizes, D=sizes.D + rank)
     notes.append(f'a bias of rank {rank}: D is {sizes.D} with the channels that carry it')
   score = _SCORES[method.name](sizes) if method.name in _SCORES else None
   return Attention(
-    sizes, dtype, mask, soft_cap=settings.get('soft_cap') is not None, score=score, splits=settings.get('splits', 1)
-  ), tuple(notes)
+    sizes, dtype, mask, soft_cap=settings.get('soft_cap') is not None, score=score, splits=settings.get('splits', 1),
+    shift=shift,
+  ), tuple(notes)  # fmt: skip
 
 
-def _check_countable(method):
+def _placed(method, s, mask):
+  """How far the queries stand into the keys, and notes that say so."""
+  if s.T == s.S or isinstance(mask, masks.Everything):
+    return 0, []
+  if s.T < s.S and (method.state is not None or method.path in (_CACHED, _SPLIT)):
+    shift = s.S - s.T
+    at = f'position {shift}' if s.T == 1 else f'positions {shift} to {s.S - 1}'
+    return shift, [f'as in decoding: the T={s.T} queries stand at the end of the S={s.S} keys, at {at}']
+  return 0, [f'query 0 stands beside key 0 (top-left): T={s.T} queries have positions from 0, as S={s.S} keys have']
+
+
+def _check_countable(method, mask):
   name = method.name
   if name == 'flash_bias':
     return
@@ -84,6 +96,11 @@ def _check_countable(method):
     raise NotImplementedError(
       f'no cost model for {name} (family {method.family}): its function is {method.path}, '
       f'and only calls of {", ".join(_ENTRIES)} are counted'
+    )
+  if method.path == _PLANNED and mask is None:
+    raise NotImplementedError(
+      f'no cost model for {name} without --mask: its tiles are chosen, here for 12 tokens; '
+      '--mask costs the plan of a mask'
     )
   unknown = [x for x in method.settings if x not in (*_COUNTED_SETTINGS, *_FREE_SETTINGS)]
   if name not in _SCORES:
@@ -108,9 +125,11 @@ def sizes_of(text: str, method: Method | None = None) -> tuple[Sizes, tuple[str,
       raise ValueError(f'--shape has the unknown axis {letter!r}: {hint}expected one of {", ".join(letters)}')
     if letter in given:
       raise ValueError(f'--shape has {letter} twice')
-    if not number.isascii() or not number.isdecimal() or not 1 <= int(number[:20]) <= LONGEST:
-      raise ValueError(f'--shape has {letter}={number!r}, expected an integer from 1 to {LONGEST}')
-    given[letter] = int(number)
+    digits = number.lstrip('0') if number.isascii() and number.isdecimal() else ''
+    if not digits or len(digits) > len(str(LONGEST)) or int(digits) > LONGEST:
+      short = number if len(number) <= 40 else f'{number[:40]}...'
+      raise ValueError(f'--shape has {letter}={short!r}, expected an integer from 1 to {LONGEST}')
+    given[letter] = int(digits)
   full = {**DEFAULTS, **given}
   full.setdefault('S', full['T'])
   full.setdefault('K', 1 if method is not None and method.sizes.get('K') == 1 else full['H'])
@@ -147,32 +166,31 @@ def report(method: Method, shape: str, *, dtype='bfloat16', chips='all', mask: s
     'defaults': list(defaults),
     'dtype': dtype,
     'notes': list(notes),
-    'hardware': [_on(call, chip, is_backward) for chip in found],
+    'hardware': [_on(call, chip, is_backward, 8 if method.path == _PLANNED else 1) for chip in found],
   }
 
 
-def _on(call, chip, is_backward):
-  """One row of the report."""
-  s, arrays = call.sizes, call.sizes.B * call.itemsize
-  arrays *= call.sizes.T * s.H * (s.D + s.V) + s.S * s.K * (s.D + s.V)
+def _on(call, chip, is_backward, multiple):
+  """One row of the report; block_sparse wants queries in a multiple of 8."""
   try:
-    blocks, c = roofline.best(call, chip, is_backward=is_backward)
+    blocks, c = roofline.best(call, chip, is_backward=is_backward, multiple=multiple)
   except ValueError as error:
     return {'name': chip.name, 'error': str(error)}
-  line, visits = roofline.of(c, chip), call.visits(blocks)
-  bound = roofline.io_bound(dataclasses.replace(s, T=s.T * s.G), chip.fast_bytes / call.itemsize)
-  io = max((bound.flash if bound.is_large else bound.small) * visits.share, bound.floor)
+  least, line, visits = roofline.of(c, chip, is_least=True), roofline.of(c, chip), call.visits(blocks)
   waves, busy = roofline.occupancy(c.programs, chip.cores)
   return {
     'name': chip.name,
     'tile': [blocks.q, blocks.kv],
     'visited_share': visits.share,
     'visited_is_bound': visits.is_bound,
+    'estimates': list(_OF_VISITS) if visits.is_bound else [],
     'matmul_flops': dict(c.matmul_flops),
     'vector_ops': c.vector_ops,
     'exps': c.exps,
     'read_bytes': c.read_bytes,
     'write_bytes': c.write_bytes,
+    'least_bytes': c.least_bytes,
+    'io_bound_bytes': roofline.io_bytes(call, blocks, chip, is_backward=is_backward),
     'intensity': c.intensity,
     'passes': c.passes,
     'fast_bytes': c.fast_bytes,
@@ -180,14 +198,25 @@ def _on(call, chip, is_backward):
     'programs': c.programs,
     'waves': waves,
     'busy_share': busy,
-    'seconds': line.seconds,
-    'serial_seconds': line.serial_seconds,
-    'parts': dict(line.parts),
-    'bound': line.bound,
+    'seconds': least.seconds,
+    'parts': dict(least.parts),
+    'bound': least.bound,
+    'uncached_seconds': line.seconds,
+    'uncached_serial_seconds': line.serial_seconds,
+    'uncached_parts': dict(line.parts),
+    'uncached_bound': line.bound,
     'left_out': list(line.left_out),
-    'io_bound_bytes': s.B * s.K * call.itemsize * io,
-    'fits_memory': arrays <= chip.hbm_bytes,
+    'array_bytes': array_bytes(call, is_backward=is_backward),
+    'fits_memory': array_bytes(call, is_backward=is_backward) <= chip.hbm_bytes,
   }
+
+
+# What is an upper bound, or made of upper bounds, where the visited tiles are: no bound from below any more.
+_OF_VISITS = (
+  'visited_share', 'matmul_flops', 'vector_ops', 'exps', 'read_bytes', 'write_bytes', 'least_bytes', 'io_bound_bytes',
+  'intensity', 'seconds', 'parts', 'bound', 'uncached_seconds', 'uncached_serial_seconds', 'uncached_parts',
+  'uncached_bound',
+)  # fmt: skip
 
 
 def text(report: dict, width=100) -> str:
@@ -217,26 +246,27 @@ def text(report: dict, width=100) -> str:
 
 _HEAD = (
   'chip', 'tile', 'visited', 'matmul', 'exp', 'bytes', 'I/O bound', 'FLOP/B', 'fast memory', 'busy', 'time >=',
-  'in turn', 'bound by',
+  'bound by', 'uncached', 'in turn',
 )  # fmt: skip
 
 
 def _row(x):
-  limit = '<' if x['visited_is_bound'] else ''
+  about = '~' if x['visited_is_bound'] else ''
   return (
     x['name'],
     f'{x["tile"][0]}x{x["tile"][1]}',
-    f'{limit}{100 * x["visited_share"]:.3g}%',
-    _si(sum(x['matmul_flops'].values()), 'FLOP'),
-    _si(x['exps'], ''),
-    _si(x['read_bytes'] + x['write_bytes'], 'B'),
-    _si(x['io_bound_bytes'], 'B'),
-    f'{x["intensity"]:.0f}',
+    f'{"<" if about else ""}{100 * x["visited_share"]:.3g}%',
+    about + _si(sum(x['matmul_flops'].values()), 'FLOP'),
+    about + _si(x['exps'], ''),
+    about + _si(x['read_bytes'] + x['write_bytes'], 'B'),
+    about + _si(x['io_bound_bytes'], 'B'),
+    f'{about}{x["intensity"]:.0f}',
     _si(x['fast_bytes'], 'B'),
     f'{100 * x["busy_share"]:.3g}%',
-    _si(x['seconds'], 's'),
-    _si(x['serial_seconds'], 's'),
+    about + _si(x['seconds'], 's'),
     x['bound'],
+    about + _si(x['uncached_seconds'], 's'),
+    about + _si(x['uncached_serial_seconds'], 's'),
   )
 
 
@@ -246,18 +276,29 @@ def _footnotes(r, fine):
     return
   passes = ', '.join(str(n) for n in sorted({x['passes'] for x in fine}))
   yield f'passes over the keys: {passes}. tile: queries x keys, for all heads that share a key head.'
-  yield 'visited: share of the scores that are in tiles which the mask does not leave empty; < is an upper bound.'
+  yield 'visited: share of the scores that are in tiles which the mask does not leave empty.'
+  if any(x['visited_is_bound'] for x in fine):
+    yield (
+      '<, ~: there are too many tiles to look at each, and larger ones were: < is an upper bound, and what has a ~ is '
+      'made of it and is no bound from below, under "time >=" neither.'
+    )
   yield 'busy: programs run in rounds, one a core; the share of cores that have one, over all rounds.'
   yield (
-    'time: the longest of matmul, exp, vector and memory at peak rates, a bound from below; in turn: their sum. '
-    'I/O bound: N d + N^2 d^2 s / M numbers up to a constant, s the visited share, M the fast memory.'
+    'bytes: this schedule with nothing cached between main memory and the cores, each load of a tile counted. '
+    'I/O bound: N d + N^2 d^2 s / M numbers up to a constant, s the visited share, M the fast memory of a program.'
+  )
+  yield (
+    'time >=: a bound from below for these tiles and operations: the longest of matmul, exp and vector at peak rates, '
+    'and of memory with every operand moved once. uncached: the same with the bytes of this schedule; '
+    'a cache (the L2 of a GPU) makes it less. in turn: uncached, without overlap, the sum.'
   )
   for what in sorted({y for x in fine for y in x['left_out']}):
     names = ', '.join(x['name'] for x in fine if what in x['left_out'])
     yield f'left out for want of a figure: {what} ({names})'
   small = ', '.join(x['name'] for x in fine if not x['fits_memory'])
   if small:
-    yield f'q, k, v and out do not fit the main memory of {small}'
+    arrays = 'q, k, v, out, their gradients and the log-sum-exp' if r['direction'] == 'backward' else 'q, k, v and out'
+    yield f'{arrays} ({_si(fine[0]["array_bytes"], "B")}) do not fit the main memory of {small}'
 
 
 def _si(x, unit):

@@ -3,10 +3,13 @@
     r = roofline.of(cost.forward(call, blocks), hardware.get('v5e'))
     r.seconds, r.bound, r.left_out      # the longest of the resources, its name, and what has no figure
 
-A roofline is a bound from below for a machine that overlaps everything perfectly, never a prediction.
+Times are those of a machine that overlaps everything perfectly, never a prediction. With the bytes of the schedule they
+suppose that no tile which is loaded again is found in a cache, as the second-level cache of a GPU does; with
+`is_least=True` every operand is loaded once, which bounds the time of these operations from below.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -51,11 +54,17 @@ class Roofline:
     return max(parts, key=lambda x: parts[x]) if self.parts else 'unknown'
 
 
-def of(cost: Cost, chip: Hardware) -> Roofline:
+def of(cost: Cost, chip: Hardware, *, is_least=False) -> Roofline:
   """The roofline of a cost on a chip.
 
       seconds = max(sum_dtype flops / peak, exps / rate, vector / rate, bytes / bandwidth) + launches latency
+
+  Args:
+    cost: what is done.
+    chip: where.
+    is_least: take cost.least_bytes for the bytes, as if whatever was loaded stayed in a cache.
   """
+  moved = cost.hbm_bytes if cost.least_bytes is None or not is_least else cost.least_bytes
   parts, left_out = {}, []
   unknown = [x for x, flops in cost.matmul_flops.items() if flops and x not in chip.matmul]
   if unknown:
@@ -65,7 +74,7 @@ def of(cost: Cost, chip: Hardware) -> Roofline:
   for name, amount, rate in (
     ('exp', cost.exps, chip.exp_rate),
     ('vector', cost.vector_ops, chip.vector_rate),
-    ('memory', cost.hbm_bytes, chip.hbm_bandwidth),
+    ('memory', moved, chip.hbm_bandwidth),
   ):
     if rate is not None:
       parts[name] = amount / rate
@@ -81,26 +90,37 @@ def fits(cost: Cost, chip: Hardware) -> bool | None:
   return None if chip.fast_bytes is None else cost.fast_bytes <= chip.fast_bytes
 
 
-def best(call: Attention, chip: Hardware, *, is_backward=False) -> tuple[softmax.Blocks, Cost]:
-  """The tile sizes, of powers of two, that fit the chip and take the least time by the roofline, and their cost.
+def best(call: Attention, chip: Hardware, *, is_backward=False, multiple=1) -> tuple[softmax.Blocks, Cost]:
+  """The tile sizes that fit the chip and take the least time by the roofline of the schedule, and their cost.
 
-  Between equals the larger tiles: fewer programs and fewer rescalings.
+  Rows of a tile, those of all heads that share a key head together, and keys are powers of two; a plan has its own
+  tiles. Of those that take equally long the ones with the least sum of all parts, then the larger ones.
+
+  Args:
+    call: the call.
+    chip: where.
+    is_backward: the backward in place of the forward.
+    multiple: what the queries of a tile are a multiple of.
 
   Raises:
     ValueError: not even the smallest tiles fit.
   """
   s, count = call.sizes, costs.backward if is_backward else costs.forward
+  if call.plan is None:
+    sides = itertools.product(_TILES[chip.kind], _TILES[chip.kind])
+    rounded = lambda rows: -(-max(1, rows // s.G) // multiple) * multiple
+    choices = [softmax.Blocks(q=rounded(rows), kv=kv) for rows, kv in sides]
+  else:
+    choices = [softmax.Blocks(q=call.plan.block_q, kv=call.plan.block_kv)]
   found: dict[softmax.Blocks, Cost] = {}
-  for rows in _TILES[chip.kind]:
-    for kv in _TILES[chip.kind]:
-      blocks = call.clipped(softmax.Blocks(q=max(1, rows // s.G), kv=kv))
-      need = costs.fast_bytes(call, blocks, lanes=chip.lanes, is_backward=is_backward)
-      is_long = (s.T // blocks.q) * (s.S // blocks.kv) > _LONG
-      if need <= (chip.fast_bytes or math.inf) and blocks not in found and not (is_long and found):
-        found[blocks] = count(call, blocks, lanes=chip.lanes)
+  for blocks in map(call.clipped, choices):
+    need = costs.fast_bytes(call, blocks, lanes=chip.lanes, is_backward=is_backward)
+    is_long = (s.T // blocks.q) * (s.S // blocks.kv) > _LONG
+    if need <= (chip.fast_bytes or math.inf) and blocks not in found and not (is_long and found):
+      found[blocks] = count(call, blocks, lanes=chip.lanes)
   if not found:
     raise ValueError(
-      f'no tiles fit {chip.name}: {blocks.q * s.G} rows and {blocks.kv} keys need {need} bytes of fast memory '
+      f'no tiles fit {chip.name}: {blocks.q * call.group} rows and {blocks.kv} keys need {need} bytes of fast memory '
       f'at D={s.D}, V={s.V}, G={s.G}, and it has {chip.fast_bytes}'
     )
   times = {blocks: of(cost, chip) for blocks, cost in found.items()}
@@ -127,8 +147,8 @@ class Ring:
   Attributes:
     bytes_sent: by each device, all hops: (P - 1) / P S K (D + V) itemsize B.
     hop_seconds: of sending one device's share to the next.
-    compute_seconds: of the tiles of one hop, by the roofline.
-    is_hidden: whether computing takes at least as long as sending.
+    compute_seconds: of the tiles of one hop, at least, by the roofline.
+    is_hidden: whether even that is as long as sending.
   """
 
   bytes_sent: float
@@ -140,10 +160,13 @@ class Ring:
 def ring(call: Attention, cost: Cost, chip: Hardware, devices: int) -> Ring:
   """Context parallelism over a ring: each device holds T / P queries and S / P keys, and work is balanced.
 
+  A device is what JAX calls one: where a chip is two (`Hardware.devices`), each has half of it, and the ring is as slow
+  as its links between chips.
+
   Args:
     call: the whole call.
-    cost: of the whole call, on one device.
-    chip: every device.
+    cost: of the whole call, on one chip.
+    chip: that all devices are, or are parts of.
     devices: P.
 
   Raises:
@@ -155,7 +178,7 @@ def ring(call: Attention, cost: Cost, chip: Hardware, devices: int) -> Ring:
     raise ValueError(f'hardware={chip.name!r} has no figure for its links: {chip.sources["link_bandwidth"]}')
   s = call.sizes
   share = s.B * s.S * s.K * (s.D + s.V) * call.itemsize / devices
-  compute, hop = of(cost, chip).seconds / devices**2, share / chip.link_bandwidth
+  compute, hop = of(cost, chip, is_least=True).seconds * chip.devices / devices**2, share / chip.link_bandwidth
   return Ring((devices - 1) * share, hop, compute, compute >= hop)
 
 
@@ -190,10 +213,14 @@ def decode(
     dtype: of the products.
 
   Raises:
-    ValueError: batch below 1, or no figure for the dtype.
+    ValueError: batch below 1, nothing to read or compute, or no figure for the dtype.
   """
   if batch < 1:
     raise ValueError(f'batch={batch} must be at least 1')
+  if not flops > 0:
+    raise ValueError(f'flops={flops} must be above 0')
+  if not (weight_bytes >= 0 and kv_bytes >= 0 and weight_bytes + kv_bytes > 0):
+    raise ValueError(f'weight_bytes={weight_bytes} and kv_bytes={kv_bytes} must be at least 0, and one of them above')
   if dtype not in chip.matmul or chip.hbm_bandwidth is None:
     raise ValueError(f'dtype={dtype!r} has no figure for {chip.name}, expected one of {", ".join(chip.matmul)}')
   by_memory = chip.hbm_bandwidth / (weight_bytes / batch + kv_bytes)
@@ -251,3 +278,25 @@ def io_bound(sizes: Sizes, fast_numbers: float) -> IOBound:
     floor=s.T * s.D + s.S * (s.D + s.V) + s.T * s.V,
     is_large=s.D**2 <= M,
   )
+
+
+def io_bytes(call: Attention, blocks: softmax.Blocks, chip: Hardware, *, is_backward=False) -> float:
+  """Bytes that must move for the visited scores E between the main memory and a fast memory of M numbers.
+
+      itemsize E D^2 / M   where D^2 <= M,   else itemsize E D / sqrt(M),   and no less than cost.least_bytes
+
+  The first is up to a constant; a program's tiles never move less. Backward as forward, with its own least bytes.
+
+  Args:
+    call: the call.
+    blocks: tile sizes in tokens, which E and the least bytes go by.
+    chip: whose fast memory of one program counts; without a figure the least bytes remain.
+    is_backward: the backward in place of the forward.
+
+  Source: arXiv:2205.14135 theorems 2 and 5, with the visited share as in its section 3.3; arXiv:2402.07443.
+  """
+  least = costs.least_bytes(call, blocks, is_backward=is_backward)
+  if chip.fast_bytes is None:
+    return least
+  D, M, n = call.sizes.D, chip.fast_bytes / call.itemsize, call.itemsize
+  return max(n * call.visits(blocks).elements * (D**2 / M if D**2 <= M else D / math.sqrt(M)), least)

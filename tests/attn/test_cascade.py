@@ -61,6 +61,29 @@ def test_a_statistic_of_all_keys_used_in_every_tile_adds_a_pass():
   assert passes((cascade.ONE_PASS[0], total, uses, *cascade.ONE_PASS[2:]), 'm') == 2
 
 
+B = einsum('B[m1,m0]', 'X[m1,m0]', f=float)
+L = einsum('L[m1]', 'B[m1,m0]', f=float, reduce='max')
+USE = lambda name: einsum('A[m1,m0]', 'B[m1,m0]', f'{name}[m1]', f=lambda a, b: a - b)
+# A maximum of whole rows for tiles of the same keys: passes cannot be counted by names.
+MIXED = (*cascade.THREE_PASS[:2], einsum('BSN[m1,m0,p]', 'BQK[m1,m0,p]', 'GM[p]', f=lambda a, b: a - b))
+FORWARD = einsum('R[m1+1]', 'R[m1]', 'L[m1]', f=max, first=0.0)
+
+
+def test_a_running_value_adds_no_pass_but_its_end_does():
+  assert passes((B, L, FORWARD, USE('R')), 'm') == 1
+  end = einsum('W[m1]', 'L[m1]', 'R[m1=end]', f=lambda a, b: a - b)
+  assert passes((B, L, FORWARD, end, USE('W')), 'm') == 2
+
+
+def test_a_value_that_runs_backwards_is_there_after_the_pass():
+  assert passes((B, L, einsum('R[m1]', 'R[m1+1]', 'L[m1]', f=max), USE('R')), 'm') == 2
+  # The same in two steps, in either order.
+  two = [einsum('R[m1]', 'Q[m1]', 'L[m1]', f=max), einsum('Q[m1]', 'R[m1+1]', f=float)]
+  assert passes((B, L, *two, USE('R')), 'm') == passes((B, L, *two[::-1], USE('R')), 'm') == 2
+  # To look one tile ahead is no running: that tile is waited for.
+  assert passes((B, L, einsum('R[m1]', 'L[m1+1]', f=float), USE('R')), 'm') == 1
+
+
 def test_passes_over_other_ranks():
   assert passes(cascade.THREE_PASS, 'e') == 1
   assert passes(cascade.THREE_PASS, 'p') == 1
@@ -139,6 +162,15 @@ def test_passes_are_the_sweeps_of_a_tiler():
     (lambda: einsum('A[m+2]', 'B[m]', f=float), 'must look like'),
     (lambda: einsum('A[p]', 'B[m,p]', f=float), 'that the output lacks'),
     (lambda: einsum('A[m,z]', 'B[m]', f=float), 'a rank that no input has'),
+    (lambda: passes(MIXED, 'm'), r"rank='m' is whole .* \(m, m0, m1\)"),
+    (lambda: cascade.minimal_bytes(MIXED, 'm', SIZES, 2, 0), "rank='m' is whole"),
+    (lambda: passes((einsum('A[m1]', 'X[m1]', f=float), einsum('C[m0]', 'Y[m0]', f=float)), 'm'), 'no einsum goes'),
+    (lambda: passes((*cascade.THREE_PASS, cascade.THREE_PASS[1]), 'm'), 'makes GM twice'),
+    (lambda: cascade.flops((*cascade.THREE_PASS, cascade.THREE_PASS[1]), SIZES), 'makes GM twice'),
+    (lambda: cascade.evaluate((*cascade.THREE_PASS, cascade.THREE_PASS[1]), arrays()[0], 'AV'), 'makes GM twice'),
+    (lambda: cascade.evaluate(cascade.TOP_K, arrays()[0], 'AV', k=0), 'k=0 must be in 1..12'),
+    (lambda: cascade.evaluate(cascade.TOP_K, arrays()[0], 'AV', k=13), 'k=13 must be in 1..12'),
+    (lambda: cascade.evaluate(cascade.TOP_K, arrays()[0], 'AV', k=-1), 'k=-1 must be in 1..12'),
     (lambda: cascade.evaluate(cascade.THREE_PASS, {}, 'AV'), 'inputs have no Q'),
     (lambda: cascade.evaluate(cascade.THREE_PASS, arrays()[0], 'AW'), 'AW'),
     (lambda: cascade.evaluate(cascade.THREE_PASS, arrays()[0] | {'K': np.zeros((9, 12))}, 'AV'), 'length 9 along e'),

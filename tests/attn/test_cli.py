@@ -1,14 +1,16 @@
 """`python -m attn`: in this process, and once each way as a command."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from attn import catalog, contracts
-from attn.__main__ import main
-from attn.cost import hardware
+from attn import catalog, contracts, plan
+from attn.__main__ import AXES, main
+from attn.cost import hardware, visits
+from attn.masks import text as mask_text
 
 
 def run(capsys, *args):
@@ -99,9 +101,89 @@ def test_cost_as_json(capsys):
   assert row['matmul_flops'] == {'float16': 2 * 2 * 8 * 1024**2 * 256} and row['visited_share'] == 1
   assert row['passes'] == 1 and row['fast_bytes'] <= row['fast_bytes_there']
   assert row['seconds'] == max(row['parts'].values()) == row['parts'][row['bound']]
+  assert row['least_bytes'] == 2 * 2 * 1024 * (8 + 2) * 256 < row['read_bytes'] + row['write_bytes']
+  assert row['parts']['memory'] == row['least_bytes'] / 3.35e12
+  assert row['uncached_parts']['memory'] == (row['read_bytes'] + row['write_bytes']) / 3.35e12
+  assert row['uncached_seconds'] == max(row['uncached_parts'].values()) >= row['seconds']
+  assert row['uncached_serial_seconds'] == sum(row['uncached_parts'].values())
+  assert row['estimates'] == [] and row['fits_memory'] and row['array_bytes'] == row['least_bytes']
   back = json.loads(run(capsys, 'softmax', *SHAPE, '--hardware', 'H100', '--json', '--backward')[1])
   assert back['direction'] == 'backward'
+  assert back['hardware'][0]['array_bytes'] == 2 * row['array_bytes'] + 4 * 2 * 1024 * 8
+  assert back['hardware'][0]['io_bound_bytes'] >= back['hardware'][0]['least_bytes'] > row['least_bytes']
   assert sum(back['hardware'][0]['matmul_flops'].values()) == 2.5 * 2 * 2 * 8 * 1024**2 * 256
+
+
+def read(capsys, *args):
+  code, out, err = run(capsys, *args, '--json', '--hardware', 'v5e')
+  assert (code, err) == (0, '')
+  report = json.loads(out)
+  return report, report['hardware'][0]
+
+
+def test_queries_of_another_length_are_placed_and_it_is_said(capsys):
+  shape = ['--shape', 'T=1,S=4096,H=8']
+  every_key = 2 * 8 * (4096 + 1) * 256
+  for name in ('causal', 'cached', 'split_kv', 'alibi'):  # they decode: the query is the last
+    report, row = read(capsys, name, *shape)
+    assert row['visited_share'] == 1 and row['least_bytes'] == every_key, name
+    assert 'the T=1 queries stand at the end of the S=4096 keys, at position 4095' in report['notes'][0]
+  for name in ('local_window', 'packed'):
+    report, row = read(capsys, name, *shape)
+    assert 'query 0 stands beside key 0 (top-left)' in report['notes'][0] and row['visited_share'] == 1 / 16, name
+    assert row['io_bound_bytes'] <= row['read_bytes'] + row['write_bytes'] < every_key / 10
+  assert read(capsys, 'softmax', *shape)[0]['notes'] == []  # without a mask the place does not matter
+  report, row = read(capsys, 'causal', *shape, '--mask', 'causal() & window(99)')
+  assert 'at position 4095' in report['notes'][0] and row['least_bytes'] == 2 * 8 * (256 + 1) * 256
+  assert '(top-left)' in read(capsys, 'causal', '--shape', 'T=512,S=256')[0]['notes'][0]
+  out = run(capsys, 'causal', *shape)[1]
+  assert 'the T=1 queries stand at the end of the S=4096 keys' in out
+
+
+def test_what_is_made_of_a_bound_is_marked(capsys, monkeypatch):
+  monkeypatch.setattr(visits, '_AT_ONCE', 1)
+  monkeypatch.setattr(visits, '_BEARABLE', 0)
+  row = read(capsys, 'causal', *SHAPE)[1]
+  assert row['visited_is_bound'] and {'seconds', 'matmul_flops', 'read_bytes'} < set(row['estimates']) < set(row)
+  out = run(capsys, 'causal', *SHAPE, '--hardware', 'v5e')[1]
+  head, cells = (re.split('  +', next(x for x in out.splitlines() if x.startswith(start))) for start in ('chip', 'v5e'))
+  exact = {'chip', 'tile', 'fast memory', 'busy', 'bound by'}
+  assert {name for name, cell in zip(head, cells, strict=True) if cell[0] not in '<~'} == exact
+  assert 'no bound from below' in out
+
+
+def test_the_plan_of_a_mask_is_costed(capsys):
+  text = 'causal() & window(100)'
+  report, row = read(capsys, 'block_sparse', *SHAPE, '--mask', text)
+  made = plan.of(mask_text.parse(text), 1024, block_q=row['tile'][0], block_kv=row['tile'][1])
+  assert row['visited_share'] == made.density and row['tile'][0] % 8 == 0
+  assert row['matmul_flops']['bfloat16'] == 2 * 2 * 8 * 1024**2 * 256 * made.density
+  assert 'the plan of the mask' in report['notes'][0]
+  many = ['--shape', 'T=1024,H=64,K=1,D=16', '--mask', text, '--hardware', 'B200', '--json']  # 256 rows are 4 queries
+  assert json.loads(run(capsys, 'block_sparse', *many)[1])['hardware'][0]['tile'][0] == 8
+  code, _, err = run(capsys, 'block_sparse', *SHAPE)
+  assert code == 2 and 'no cost model for block_sparse without --mask' in err
+
+
+def test_zeros_before_a_length(capsys):
+  assert read(capsys, 'causal', '--shape', f'T={"0" * 5000}64,H=8')[0]['shape']['T'] == 64
+
+
+def test_what_does_not_fit_is_said(capsys):
+  shape = ['--shape', 'T=1000000,H=32,K=8,D=128', '--hardware', 'v5e']  # 20.5 GB; 41 GB with gradients
+  assert 'q, k, v and out (20.5 GB) do not fit the main memory of v5e' in run(capsys, 'causal', *shape)[1]
+  back = run(capsys, 'causal', *shape, '--backward')[1]
+  assert 'q, k, v, out, their gradients and the log-sum-exp (41.1 GB) do not fit' in ' '.join(back.split())
+  half = ['--shape', 'T=500000,H=32,K=8,D=128']  # 10 GB fit in 16 GiB, but not with gradients
+  assert read(capsys, 'causal', *half)[1]['fits_memory']
+  assert not read(capsys, 'causal', *half, '--backward')[1]['fits_memory']
+
+
+def test_letters_of_all_inputs_are_explained(capsys):
+  used = {a for method in catalog.methods() for x in method.inputs.values() for a in x.axes}
+  assert used <= set(AXES)
+  for name, words in (('t5_relative', 'N entries of a table'), ('flash_bias', 'R rank')):
+    assert words in ' '.join(run(capsys, name)[1].split())
 
 
 def test_the_mask_that_is_costed_is_said(capsys):
@@ -128,13 +210,11 @@ def test_every_method_has_a_cost_or_says_why_not(capsys, method):
 
 
 def test_cost_of_shared_heads_and_caches(capsys):
-  read = lambda *args: json.loads(run(capsys, *args, '--json', '--hardware', 'v5e')[1])
-  assert read('multi_query', '--shape', 'T=256')['shape']['K'] == 1
-  step = read('cached', '--shape', 'T=1,S=4096,K=8')
-  assert step['mask'] == 'causal(4095)' and step['hardware'][0]['visited_share'] == 1
-  assert step['hardware'][0]['read_bytes'] == 2 * (4096 * 8 * 256 + 32 * 128)
-  wide = read('flash_bias', '--shape', 'T=256,H=8')
-  assert 'D is 131' in wide['notes'][0]
+  assert read(capsys, 'multi_query', '--shape', 'T=256')[0]['shape']['K'] == 1
+  step, row = read(capsys, 'cached', '--shape', 'T=1,S=4096,K=8')
+  assert step['mask'] == 'causal()' and row['visited_share'] == 1
+  assert row['read_bytes'] == 2 * (4096 * 8 * 256 + 32 * 128)
+  assert 'D is 131' in read(capsys, 'flash_bias', '--shape', 'T=256,H=8')[0]['notes'][0]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +227,8 @@ def test_cost_of_shared_heads_and_caches(capsys):
     (['causal', '--shape', 'T=0'], "T='0'"),
     (['causal', '--shape', 'T=-4'], "T='-4'"),
     (['causal', '--shape', 'T=99999999999999999999999999'], 'expected an integer from 1 to'),
+    (['causal', '--shape', 'T=000000000000000000010000000000'], "T='000000000000000000010000000000', expected an"),
+    (['causal', '--shape', f'T={"9" * 5000}'], 'expected an integer from 1 to'),
     (['causal', '--shape', 'T=8,T=9'], 'T twice'),
     (['causal', '--shape', 'T'], 'expected LETTER=LENGTH'),
     (['causal', '--shape', ''], 'expected LETTER=LENGTH'),
@@ -154,6 +236,13 @@ def test_cost_of_shared_heads_and_caches(capsys):
     (['multi_query', '--shape', 'H=6,K=2'], 'multi_query has one key head'),
     (['causal', '--shape', 'T=8', '--hardware', 'H10'], 'did you mean H100'),
     (['causal', '--shape', 'T=8', '--dtype', 'bfloat'], 'did you mean bfloat16'),
+    (['causal', '--shape', 'T=8', '--hardware', ''], "hardware='' is unknown"),
+    (['causal', '--shape', 'T=8', '--dtype', ''], "dtype='' is unknown"),
+    (['causal', '--shape', 'T=8', '--mask', ''], "mask=''"),
+    (['causal', '--hardware', ''], '--hardware needs --shape'),
+    (['causal', '--mask', ''], '--mask needs --shape'),
+    (['--mask', ''], '--mask needs --draw'),
+    (['causal', '--draw', 'x.png', '--dtype', ''], '--draw and --dtype exclude each other'),
     (['causal', '--shape', 'T=8', '--mask', 'casual()'], 'causal'),
     (['causal', '--shape', 'T=8', '--mask', 'causal('], 'causal('),
     (['causl', '--shape', 'T=8'], 'did you mean causal'),

@@ -36,6 +36,24 @@ def test_published_figures():
   assert HARDWARE['A100'].vector_rate == pytest.approx(19.5e12 / 2, rel=1e-3)  # half: a multiply-add is one here
 
 
+def test_memories_are_whole_gibibytes():
+  """Those of TPUs: 95 printed for the v5p, the others powers of two or three of them."""
+  got = {name: HARDWARE[name].hbm_bytes / 2**30 for name in ('v4', 'v5e', 'v5p', 'v6e', 'tpu7x')}
+  assert got == {'v4': 32, 'v5e': 16, 'v5p': 95, 'v6e': 32, 'tpu7x': 192}
+
+
+def test_devices_of_a_chip():
+  """As JAX has it: two TensorCores that are not one megacore are two devices."""
+  from jax._src.pallas.mosaic.tpu_info import ChipVersion
+
+  versions = {'v4': 'TPU_V4', 'v5e': 'TPU_V5E', 'v5p': 'TPU_V5P', 'v6e': 'TPU_V6E', 'tpu7x': 'TPU_7X'}
+  for name, version in versions.items():
+    there, chip = ChipVersion[version], HARDWARE[name]
+    assert chip.cores == there.num_physical_tensor_cores_per_chip
+    assert chip.devices == (1 if there.supports_megacore else chip.cores), name
+  assert all(x.devices == 1 for x in HARDWARE.values() if x.kind != 'tpu')
+
+
 def test_derived_clocks():
   """Clocks that follow from peaks are those that are known: 1.05, 1.5, 1.75, 1.75, 2.2 GHz."""
   for name, ghz in (('v4', 1.05), ('v5e', 1.5), ('v5p', 1.75), ('v6e', 1.75), ('tpu7x', 2.2)):
