@@ -3,7 +3,19 @@
     near = flax_attention_fn('sliding_window', mask=masks.causal() & masks.window(255))
     layer = nnx.MultiHeadAttention(8, 512, attention_fn=near, rngs=rngs)
 
-Nothing of Flax is imported here.
+Nothing of Flax is imported here. In a module:
+
+- A mask of the module, one among the settings, and is_causal hide what either hides. Masks of Flax are floating
+  point by default: 0 hides and 1 does not. Any other number is refused, as what is added to logits (0 and -1e9) is a
+  bias; where the values are not known yet, in jax.jit, it makes the output NaN. A query that sees nothing gives
+  zeros, where Flax gives the mean of all values.
+- What goes by position (is_causal, a mask of predicates, a score, a window) counts queries and keys from 0. So it
+  is refused where the queries are not as many as the keys, in decoding with Flax's cache above all: one query and
+  all slots, and nothing says where the query stands. There give the module a mask instead: that of the cache is
+  causal. With `positions` among the settings it is as they say.
+- Dropout is that of softmax.attend, which draws each entry by itself: broadcast_dropout=True (one pattern for all
+  rows and heads, the default of Flax) is refused, set it to False on the module.
+- Key heads may be fewer than query heads. Any number of batch axes.
 """
 
 import difflib
@@ -16,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn import masks, softmax
+from attn.masks import sequence
 
 # What the module decides at each call, and what an attention_fn must not return.
 _OF_THE_CALL = {
@@ -23,6 +36,7 @@ _OF_THE_CALL = {
   'dropout_key': "the module's own random stream",
   'return_residual': 'the function itself, outside of a module',
 }
+_BY_POSITION = ('is_causal', 'mask', 'score', 'local_window_size')
 
 
 def flax_attention_fn(method='softmax', **settings):
@@ -30,14 +44,8 @@ def flax_attention_fn(method='softmax', **settings):
 
   It has exactly the parameters that the two of them know. (linen hands over only what the signature names: a function
   of **keywords gets no mask there, and nothing says so.) It may be wrapped by functools.partial, or by jax.jit with
-  every parameter from `broadcast_dropout` on static, `dropout_rng` apart.
-
-  - A mask of the module, one among the settings, and is_causal hide what either hides. Masks of Flax are floating
-    point by default; 0 hides and anything else does not, as in Flax. A query that sees nothing gives zeros, where
-    Flax gives the mean of all values.
-  - Dropout is that of softmax.attend, which draws each entry by itself: broadcast_dropout=True (one pattern for all
-    rows and heads, the default of Flax) is refused, set it to False on the module.
-  - Key heads may be fewer than query heads. Any number of batch axes.
+  every parameter from `broadcast_dropout` on static, `dropout_rng` apart. What it does with masks, positions and
+  dropout is said at the head of this file.
 
   Args:
     method: a function (q [B, T, H, D], k [B, S, K, D], v [B, S, K, V], **options) -> [B, T, H, V], as softmax.attend or
@@ -52,7 +60,7 @@ def flax_attention_fn(method='softmax', **settings):
   Raises:
     ValueError: here: no such method, one that does not take q, k and v alone, a setting that it does not know or that
       it needs; in the call: anything the function has no parameter for (mask, bias, precision, dropout), module (the
-      weights that it would store are never formed).
+      weights that it would store are never formed), what goes by position where T != S, a traced flag or dropout_rate.
   """
   function, settings = _bound(method, settings)
   takes = _Parameters(function)
@@ -74,23 +82,21 @@ def flax_attention_fn(method='softmax', **settings):
   ):
     if module is not None:
       raise ValueError('module: attention weights cannot be stored (sow_weights), they are never formed')
+    dropout = {'dropout_rate': dropout_rate, 'deterministic': deterministic, 'broadcast_dropout': broadcast_dropout}
+    _check_static(is_causal=is_causal, **dropout)
     query, key, value = _promoted(query, key, value, dtype=dtype)
     batch = query.shape[:-3]
-    options = settings | _hiding(_flat('mask', mask, batch), is_causal, settings)
-    for name, x in (('bias', _flat('bias', bias, batch)), ('precision', precision)):
-      if x is not None and settings.get(name) is not None:
-        raise ValueError(f'{name} is among the settings and in the call: give it once')
-      if x is not None:
-        options[name] = x
-    if dropout_rate and not deterministic:
-      if broadcast_dropout:
-        raise ValueError('broadcast_dropout=True: every entry is drawn by itself, set broadcast_dropout=False')
-      options |= {'dropout_rate': dropout_rate, 'dropout_key': dropout_rng}
+    mask, is_sound = _as_bool(mask)
+    bound = settings | ({'is_causal': True} if is_causal else {})
+    _check_places(bound, query.shape[-3], key.shape[-3])
+    given = {'bias': _flat('bias', bias, batch), 'precision': precision, **_dropout(dropout_rng, **dropout)}
+    options = bound | _hiding(_flat('mask', mask, batch), settings) | _new(given, settings)
     for name in options:
       if name not in takes:
         raise ValueError(f'{name} cannot be honoured: {takes.name} has no such parameter')
     q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
     out = function(q, k, v, **options)
+    out = out if is_sound is None else jnp.where(is_sound, out, jnp.nan)
     return out.reshape(*batch, *out.shape[1:])
 
   return attention_fn
@@ -153,20 +159,64 @@ class _Parameters:
     return self.takes_all or name in self.names
 
 
-def _hiding(mask, is_causal, settings):
-  """The keywords that hide what the module hides, with what the settings do."""
-  mine, options = settings.get('mask'), {}
-  if mask is not None:
-    if jnp.issubdtype(mask.dtype, jnp.floating) and not isinstance(mask, jax.core.Tracer):
-      values = np.unique(np.asarray(mask, np.float32))
-      if not set(values) <= {0.0, 1.0}:
-        raise ValueError(f'mask has values from {values[0]} to {values[-1]}, expected 0 and 1: what is added is a bias')
-    mask = mask.astype(bool)
-    both = mask if mine is None else mine & (masks.array(mask) if isinstance(mine, masks.Mask) else mask)
-    options['mask'] = both
-  if is_causal:
-    options['is_causal'] = True
-  return options
+def _hiding(mask, settings):
+  """The keyword that hides what the module hides, with what the mask among the settings does."""
+  mine = settings.get('mask')
+  if mask is None:
+    return {}
+  if mine is None:
+    return {'mask': mask}
+  return {'mask': mine & (masks.array(mask) if isinstance(mine, masks.Mask) else mask)}
+
+
+def _new(given, settings):
+  """What is not None of that which comes with the call."""
+  for name, x in given.items():
+    if x is not None and settings.get(name) is not None:
+      raise ValueError(f'{name} is among the settings and in the call: give it once')
+  return {name: x for name, x in given.items() if x is not None}
+
+
+def _dropout(key, *, dropout_rate, deterministic, broadcast_dropout):
+  if not dropout_rate or deterministic:
+    return {}
+  if broadcast_dropout:
+    raise ValueError('broadcast_dropout=True: every entry is drawn by itself, set broadcast_dropout=False')
+  return {'dropout_rate': dropout_rate, 'dropout_key': key}
+
+
+def _as_bool(mask):
+  """(the mask as bool, whether its numbers are all 0 or 1): None for what need not be asked when the program runs."""
+  if mask is None or mask.dtype == bool:
+    return mask, None
+  if isinstance(mask, jax.core.Tracer):
+    return mask.astype(bool), jnp.all((mask == 0) | (mask == 1))
+  values = np.asarray(mask)
+  if not ((values == 0) | (values == 1)).all():
+    low, high = float(values.min()), float(values.max())
+    raise ValueError(f'mask has values from {low} to {high}, expected 0 and 1: what is added is a bias')
+  return values.astype(bool), None
+
+
+def _check_static(**flags):
+  for name, x in flags.items():
+    if isinstance(x, jax.core.Tracer):
+      raise ValueError(f'{name} is traced, expected a Python value: jax.jit needs static_argnames={name!r}')
+
+
+def _check_places(settings, T, S):
+  """ValueError for what goes by position where that of the queries is not known."""
+  if T == S or settings.get('positions') is not None:
+    return
+  for name in _BY_POSITION:
+    x = settings.get(name)
+    is_by_index = name == 'mask' and not (isinstance(x, masks.Mask) and not isinstance(x, sequence.Array))
+    if x is None or x is False or is_by_index:
+      continue
+    raise ValueError(
+      f'{name} goes by position, and where T={T} queries stand among S={S} keys (a cache of Flax?) is not known: '
+      "expected as many queries as keys; in decoding leave it to the module's own mask"
+    )
 
 
 def _promoted(*arrays, dtype):

@@ -9,13 +9,15 @@ values, and the product; trained factors are in attn/low_rank_fit.py.
 """
 
 import dataclasses
+import math
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn import softmax
+from attn import arguments, narrow, softmax
 
 
 @jax.tree_util.register_dataclass
@@ -98,9 +100,10 @@ def attend(q, k, v, factors: Factors, *, scale=None, parts=None, expand_heads=Fa
 
 
 def augment(q, k, factors: Factors, scale=None, *, parts=None, expand_heads=False, multiple_of=1):
-  """Queries and keys that carry the bias: scale q . k + f . g = q' . k', exactly.
+  """Queries and keys that carry the bias: scale q . k + f . g = scale' q' . k'.
 
-  The scale goes on q alone, so the scale of the result is 1.
+  Queries of less than 32 bits would lose by a factor, so they stay as they are, f is divided by the scale instead, and
+  scale' = scale. Wider ones take the scale, and scale' = 1: then the bias is that of the factors to the last bit.
 
   Precision: factors hold raw positions. Rounded to bfloat16 they are exact below 256; with a slope of 1/2 the bias is
   wrong by up to 4 at 2048 tokens, 16 at 8192, 64 at 32768, next to the diagonal as well. So a factor that is wider
@@ -112,18 +115,20 @@ def augment(q, k, factors: Factors, scale=None, *, parts=None, expand_heads=Fals
     q: [B, T, H, D].
     k: [B, S, K, D].
     factors: of the bias.
-    scale: on q . k; None means D ** -0.5.
+    scale: on q . k, a finite number; None means D ** -0.5.
     parts: None: the factors as they are, and the wider type wins. n: every factor as n numbers of q's type (bfloat16
       if that is wider), R n (n + 1) / 2 columns, fewer where the values are known and a part is zero: ALiBi to 65536
-      tokens with slopes that are powers of two needs 4.
+      tokens with slopes that are powers of two needs 4, if the scale is one too.
     expand_heads: repeat k for every query head, so that g may differ within a group. The caller repeats v.
     multiple_of: pad the width with zeros to a multiple of this.
 
   Returns:
-    (q' [B, T, H, D + R'], k' [B, S, K, D + R'] (H heads with expand_heads), 1.0).
+    (q' [B, T, H, D + R'], k' [B, S, K, D + R'] (H heads with expand_heads), scale'). Without factors, R = 0, all three
+    are those that came.
 
   Raises:
-    ValueError: factors that do not fit q and k, or g that differs within a group of query heads.
+    ValueError: factors that do not fit q and k, g that differs within a group of query heads, or a scale that is no
+      finite number.
 
   Source: arXiv:2505.12044 section 3.1.
   """
@@ -137,12 +142,18 @@ def augment(q, k, factors: Factors, scale=None, *, parts=None, expand_heads=Fals
     g = _module(g).repeat(g, H // K, axis=1) if g.shape[1] == K else g
   else:
     g = _per_key_head(g, H, K)
-  if parts is not None:
-    f, g = _in_parts(f, g, parts, q.dtype)
   scale = D**-0.5 if scale is None else scale
-  q = (q.astype(jnp.promote_types(q.dtype, jnp.float32)) * scale).astype(q.dtype)
-  q, k = _with_columns(q, f, multiple_of), _with_columns(k, g, multiple_of)
-  return q, k, 1.0
+  if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+    raise ValueError(f'scale={scale!r} is not a finite Python number')
+  wide = q.dtype if parts is not None else jnp.result_type(q, f, g)
+  if f.shape[-1] and (jnp.finfo(wide).bits >= 32 or scale == 0):
+    q, scale = q.astype(wide) * scale, 1.0
+  elif f.shape[-1]:
+    f = f.astype(jnp.promote_types(f.dtype, jnp.float32)) / scale
+  if parts is not None:
+    f, g = narrow.columns(f, g, parts, q.dtype)
+  q, k = (_with_columns(x, factor.astype(wide), multiple_of) for x, factor in ((q, f), (k, g)))
+  return q, k, scale
 
 
 def alibi(slopes, T: int, S: int | None = None, *, positions=None, kv_positions=None, is_causal=True) -> Factors:
@@ -257,7 +268,7 @@ def box_rpb(x_table, y_table) -> Factors:
 
 def energy(bias) -> jax.Array:
   """Share of the sum of squares that the best factors of rank 1, 2, ... hold: [..., min(T, S)], rising to 1."""
-  squares = jnp.linalg.svd(jnp.asarray(bias), compute_uv=False) ** 2
+  squares = jnp.linalg.svd(checked_bias(bias), compute_uv=False) ** 2
   total = jnp.sum(squares, axis=-1, keepdims=True)
   return jnp.where(total > 0, jnp.cumsum(squares, axis=-1) / jnp.where(total > 0, total, 1), 1)
 
@@ -266,30 +277,48 @@ def svd(bias, rank: int | None = None, *, share=0.995) -> Factors:
   """The best factors of a given bias by singular values; for a table that no longer changes, computed once.
 
   Args:
-    bias: [..., T, S].
+    bias: [..., T, S] of finite numbers.
     rank: R; None means the smallest that holds `share` of the energy in every head.
     share: of the sum of squares, in (0, 1]; 0.995 in the paper.
 
   Returns:
-    Factors of rank R; the singular values are shared out by their square roots. Without a rank it cannot be traced.
+    Factors of rank R, at least float32; the singular values are shared out by their square roots. Without a rank it
+    cannot be traced.
 
   Raises:
-    ValueError: rank or share out of range.
+    ValueError: rank or share out of range; a bias that is no floating [..., T, S], is empty, or has NaN or infinities.
 
   Source: arXiv:2505.12044 section 3.2.
   """
-  bias = jnp.asarray(bias)
+  bias = checked_bias(bias)
   most = min(bias.shape[-2:])
   if rank is None:
     if not 0 < share <= 1:
       raise ValueError(f'share={share} must be in (0, 1]')
+    if isinstance(bias, jax.core.Tracer):
+      raise ValueError('rank=None: expected a number where the bias is traced, since shapes do not follow from values')
     # The last of the sums may be 1 - 1e-7 by rounding.
     rank = 1 + int(np.max(np.sum(np.asarray(energy(bias))[..., :-1] < share, axis=-1)))
-  if not 0 <= rank <= most:
+  rank = arguments.integer('rank', rank, 0)
+  if rank > most:
     raise ValueError(f'rank={rank} must be in 0..{most}, for a bias of shape {bias.shape}')
   u, s, vt = jnp.linalg.svd(bias, full_matrices=False)
   root = jnp.sqrt(s[..., None, :rank])
   return Factors(u[..., :rank] * root, jnp.swapaxes(vt[..., :rank, :], -1, -2) * root)
+
+
+def checked_bias(bias) -> jax.Array:
+  """A bias to be taken apart, at least float32.
+
+  Raises:
+    ValueError: it is no floating [..., T, S], is empty, or (if its values are known) has NaN or infinities.
+  """
+  bias = jnp.asarray(bias)
+  if bias.ndim < 2 or 0 in bias.shape or not jnp.issubdtype(bias.dtype, jnp.floating):
+    raise ValueError(f'bias has shape {bias.shape} and dtype {bias.dtype}, expected floating [..., T, S], not empty')
+  if not isinstance(bias, jax.core.Tracer) and not np.isfinite(np.asarray(bias)).all():
+    raise ValueError('bias has NaN or infinities, expected finite numbers (what is hidden belongs into a mask)')
+  return bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
 
 
 def _checked(factors, B=None, H=None, T=None, S=None, K=None):
@@ -329,46 +358,6 @@ def _per_key_head(g, H, K):
       'or set expand_heads=True'
     )
   return first
-
-
-def _in_parts(f, g, parts, dtype):
-  """f, g as sums of `parts` numbers of a narrow type, each product of two parts in a column of its own."""
-  if not isinstance(parts, int) or not 1 <= parts <= 4:
-    raise ValueError(f'parts={parts!r} must be an integer in 1..4')
-  narrow = dtype if jnp.finfo(dtype).bits < 32 else jnp.bfloat16
-  for name, x in (('f', f), ('g', g)):
-    largest = 0 if isinstance(x, jax.core.Tracer) else np.abs(np.asarray(x)).max(initial=0)
-    if largest > float(jnp.finfo(narrow).max):
-      raise ValueError(f'factor {name} has values up to {largest:.3g}, beyond the range of {jnp.dtype(narrow).name}')
-  f_parts, g_parts = _split(f, parts, narrow), _split(g, parts, narrow)
-  # A product of parts a and b is of the size 2^(-8 (a + b)) in bfloat16: beyond `parts` it is below what is kept.
-  pairs = [(a, b) for a in range(parts) for b in range(parts - a)]
-  columns = [(f_parts[a][..., r], g_parts[b][..., r]) for a, b in pairs for r in range(f.shape[-1])]
-  columns = [(x, y) for x, y in columns if not (_is_zero(x) or _is_zero(y))]
-  if not columns:
-    return f[..., :0].astype(dtype), g[..., :0].astype(dtype)
-  return tuple(jnp.stack(side, axis=-1).astype(dtype) for side in zip(*columns))
-
-
-def _split(x, parts, narrow):
-  """`parts` arrays of narrow numbers that sum to x as nearly as they can."""
-  info = jnp.finfo(narrow)
-
-  def rounded(x):
-    if isinstance(x, np.ndarray):
-      return x.astype(narrow).astype(x.dtype)
-    # Not a cast there and back, which the compiler may remove as excess precision.
-    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
-
-  split, rest = [], x
-  for _ in range(parts):
-    split.append(rounded(rest))
-    rest = rest - split[-1]
-  return split
-
-
-def _is_zero(x):
-  return not isinstance(x, jax.core.Tracer) and not np.asarray(x).any()
 
 
 def _with_columns(x, factor, multiple_of):

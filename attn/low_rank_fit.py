@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from attn import arguments, low_rank
 from attn.low_rank import Factors
 
 
@@ -44,15 +46,16 @@ def factors(key, bias, rank: int, *, steps=500, learning_rate=0.05) -> tuple[Fac
     learning_rate: the first one.
 
   Returns:
-    (Factors, error): the error is the norm of what is left over the norm of the bias. `low_rank.svd` does better on
+    (Factors, error): the error is the norm of what is left over the norm of the bias, 0 for a bias of zeros, which is
+    met exactly. `low_rank.svd` does better on
     one static bias; this one can be had where a loss is added, or entries are hidden.
 
   Raises:
-    ValueError: rank < 1.
+    ValueError: rank < 1, or a bias that `low_rank.svd` refuses.
 
   Source: arXiv:2505.12044 section 3.2.
   """
-  bias = _checked(bias, rank)
+  bias = _checked(bias, rank, steps)
   size = jnp.sqrt(jnp.sqrt(jnp.mean(bias**2) / rank))
   lead = bias.shape[:-2]
   first, second = (
@@ -82,11 +85,11 @@ def networks(
     (Networks, error): the error as in `factors`, on these examples.
 
   Raises:
-    ValueError: shapes that do not fit, rank < 1.
+    ValueError: shapes that do not fit, rank < 1, a bias that `low_rank.svd` refuses, x or y of NaN or infinities.
 
   Source: arXiv:2505.12044 section 3.2, the neural version.
   """
-  bias, x = _checked(bias, rank), jnp.asarray(x)
+  bias, x = _checked(bias, rank, steps), jnp.asarray(x)
   y = x if y is None else jnp.asarray(y)
   heads = bias.shape[1] if bias.ndim == 4 else 0
   kv_heads = heads if kv_heads is None else kv_heads
@@ -95,6 +98,9 @@ def networks(
     raise ValueError(f'bias {bias.shape}, x {x.shape} and y {y.shape}: expected [B, H, T, S], [B, T, n] and [B, S, m]')
   if kv_heads < 1 or heads % kv_heads:
     raise ValueError(f'kv_heads={kv_heads} must divide H={heads}, the heads of the bias')
+  for name, tokens in (('x', x), ('y', y)):
+    if not isinstance(tokens, jax.core.Tracer) and not np.isfinite(np.asarray(tokens)).all():
+      raise ValueError(f'{name} has NaN or infinities, expected finite numbers')
   keys = jax.random.split(key)
   start = Networks(
     _start(keys[0], (x.shape[-1], *hidden), heads, rank, bias.dtype),
@@ -104,11 +110,10 @@ def networks(
   return trained, _relative(trained(x, y), bias)
 
 
-def _checked(bias, rank):
-  bias = jnp.asarray(bias)
-  if rank < 1 or bias.ndim < 2 or not jnp.issubdtype(bias.dtype, jnp.floating):
-    raise ValueError(f'rank={rank} and bias of shape {bias.shape}, expected at least 1 and floating [..., T, S]')
-  return bias
+def _checked(bias, rank, steps):
+  arguments.integer('rank', rank, 1)
+  arguments.integer('steps', steps, 0)
+  return low_rank.checked_bias(bias)
 
 
 def _start(key, widths, heads, rank, dtype):
@@ -132,7 +137,8 @@ def _error(x: Factors, bias):
 
 
 def _relative(x: Factors, bias):
-  return jnp.sqrt(_error(x, bias) / jnp.mean(bias**2))
+  left, size = _error(x, bias), jnp.mean(bias**2)
+  return jnp.sqrt(jnp.where(left == 0, 0, left / size))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -167,12 +167,16 @@ class Decoder(nnx.Module):
     return nnx.merge(graph, jax.tree.map(lambda x: x[i // self.pattern], params))
 
   def attention_map(self, tokens, layer):
-    """Attention probabilities [B, H, T, T] of one layer, for pictures: O(T^2) memory. Rows sum to 1, less the sink."""
+    """Attention probabilities [B, H, T, T] of one layer, for pictures: O(T^2) memory. Rows sum to 1, less the sink.
+
+    Tokens stand in their order, and any number of them will do, also on a mesh that cuts rows along their length.
+    """
     check_tokens(tokens)
     mixer = self.layer(layer).mixer
     if not isinstance(mixer, mixers.Attention):
       raise ValueError(f'layer={layer} is {type(mixer).__name__}, expected a layer with attention weights')
-    return _attention_map(*nnx.split(self), tokens, layer)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # the layers below need not divide T
+      return _attention_map(*nnx.split(self), tokens, layer)
 
   def _layers(self, x, states, positions, segment_ids):
     """All blocks, one by one or scanned over the repeats of the pattern; states None is no cache."""

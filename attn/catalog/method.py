@@ -18,7 +18,8 @@ class Input:
   """An array that a method takes.
 
   Args:
-    axes: one letter an axis, of B batch, T queries, S keys, H query heads, K key heads, D key width, V value width.
+    axes: one letter an axis, of B batch, T queries, S keys, H query heads, K key heads, D key width, V value width,
+      N entries of a table, R rank.
     kind: what is in it, a key of attn.contracts.trial.KINDS: 'normal' floats, 'ids' of segments, 'positions'.
   """
 

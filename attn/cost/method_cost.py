@@ -77,11 +77,16 @@ def of_method(method: Method, sizes: Sizes, dtype='bfloat16', mask=None) -> tupl
   ), tuple(notes)  # fmt: skip
 
 
+def is_decoding(method, T, S):
+  """Whether T queries of a method stand at the end of S keys: fewer than keys, where it goes on from a state."""
+  return T < S and (method.state is not None or method.path in (_CACHED, _SPLIT))
+
+
 def _placed(method, s, mask):
   """How far the queries stand into the keys, and notes that say so."""
   if s.T == s.S or isinstance(mask, masks.Everything):
     return 0, []
-  if s.T < s.S and (method.state is not None or method.path in (_CACHED, _SPLIT)):
+  if is_decoding(method, s.T, s.S):
     shift = s.S - s.T
     at = f'position {shift}' if s.T == 1 else f'positions {shift} to {s.S - 1}'
     return shift, [f'as in decoding: the T={s.T} queries stand at the end of the S={s.S} keys, at {at}']

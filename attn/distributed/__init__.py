@@ -13,6 +13,9 @@ Three ways to the result of `softmax.attend` on one device:
 
 Tokens may stand in any order, as masks go by positions. In that of attn/distributed/zigzag.py, causal work is the same
 on every device. Batch and heads may be cut over other axes of the mesh.
+
+Inside a jax.shard_map over other axes all three take what that has cut as the whole. For gradients there all but
+`ring` over tiles compute the forward a second time.
 """
 
 import functools
@@ -28,8 +31,11 @@ BATCH_AXES, HEAD_AXES = ('data', 'fsdp'), ('tensor',)
 
 
 def parts(axis='context'):
-  """Parts that the current mesh (of jax.set_mesh) cuts sequences into: 1 without a mesh, or without such an axis."""
-  return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+  """Parts that the current mesh (of jax.set_mesh) cuts sequences into.
+
+  1 without a mesh, without such an axis, and where an outer jax.shard_map has cut by it: there arrays are parts.
+  """
+  return shards.parts(axis)
 
 
 def ring(
@@ -42,8 +48,9 @@ def ring(
 
   In each hop a device attends to the keys it holds, and meanwhile hands them on. The backward goes around once more,
   computes the probabilities again from the log-sum-exp, and sends the sums of key gradients after their keys. So no
-  device ever holds more than a few times its own part. With implementation 'reference' the loop is differentiated as
-  it stands, to any order, and keeps the keys of every hop.
+  device ever holds more than a few times its own part. Keys that the mask hides from every query of a device travel
+  there all the same: a window shortens the work, not the way. With implementation 'reference' the loop is
+  differentiated as it stands, to any order, and keeps the keys of every hop.
 
   Args:
     q: [B, T, H, D] queries; query head h reads key head h // (H // K).
@@ -51,7 +58,8 @@ def ring(
     v: [B, S, K, V] values.
     mesh: jax.sharding.Mesh; None means that of jax.set_mesh.
     axis: the mesh axis, of n devices, that T and S are cut over.
-    batch_axes: mesh axes that the batch is cut over; those that the mesh lacks do not count.
+    batch_axes: names of the mesh axes that the batch is cut over, or one name. Those that the mesh lacks do not count,
+      nor those over which an outer jax.shard_map has cut the arrays.
     head_axes: the same for heads. Key heads are repeated if these axes need more than there are.
     sinks: [H] logits that take probability, merged once, last.
     return_residual: also return the log-sum-exp.
@@ -62,8 +70,8 @@ def ring(
     [B, T, H, V] in q.dtype, and the log-sum-exp [B, T, H] if asked for; differentiable in both.
 
   Raises:
-    ValueError: no such axis; B, H, T or S that do not divide among devices; a mask or an option by index (arrays,
-      documents, lengths, bias); or as `softmax.attend`.
+    ValueError: no such axis, an axis named twice, or `axis` cut by an outer jax.shard_map; B, H, T or S that do not
+      divide among devices; a mask or an option by index (arrays, documents, lengths, bias); or as `softmax.attend`.
     NotImplementedError: second order, but with implementation 'reference'.
 
   Source: arXiv:2310.01889; the backward arXiv:2307.08691 section 3.1.

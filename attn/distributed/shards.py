@@ -147,14 +147,44 @@ def _run(of_device, call):
   q_axis = shard.axis if call.is_query_cut else None
   q_spec, kv_spec = (P(shard.batch or None, axis, shard.heads or None) for axis in (q_axis, shard.axis))
   # Each device needs the key heads of its query heads: repeated where there are fewer than parts, or no multiple.
-  k, v = (repeat_heads(x, call.head_parts) for x in (call.k, call.v))
+  k, v = (_repeated(x, call, kv_spec) for x in (call.k, call.v))
   arrays = call.q, k, v, call.q_tokens, call.kv_tokens, call.mask
   tokens = call.token_specs(call.q_tokens, q_axis), call.token_specs(call.kv_tokens, shard.axis)
   specs = q_spec, kv_spec, kv_spec, *tokens, call.mask_specs()
-  if AxisType.Explicit in call.mesh.axis_types:
-    arrays = jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(call.mesh, spec)), arrays, specs)
-  run = functools.partial(of_device, shard)
+  arrays = jax.tree.map(lambda x, spec: _placed(x, call.mesh, spec), arrays, specs)
+  run: Callable = functools.partial(of_device, shard)
+  if _axes_of(call.mesh, AxisType.Manual) and not isinstance(of_device, jax.custom_vjp):
+    # What an inner jax.shard_map keeps for the backward it cuts over outer axes as well, and does not compile (jax
+    # 0.10.2): it may keep its inputs alone.
+    run = jax.checkpoint(run)
   return jax.shard_map(run, mesh=call.mesh, in_specs=specs, out_specs=(q_spec, q_spec))(*arrays)
+
+
+def _repeated(x, call, spec):
+  """Keys or values of this placement, with heads for every part. Heads that are repeated must not be cut before."""
+  if x.shape[2] % call.head_parts:
+    x = _placed(x, call.mesh, P(*spec[:2]))
+  return repeat_heads(x, call.head_parts)
+
+
+def _placed(x, mesh, spec):
+  """x placed so on the Explicit axes of the mesh; the compiler sees to the others."""
+  explicit = _axes_of(mesh, AxisType.Explicit)
+  if not explicit:
+    return x
+  names = lambda entry: (entry,) if isinstance(entry, str) else entry or ()
+  spec = P(*(tuple(name for name in names(entry) if name in explicit) or None for entry in spec))
+  return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def _axes_of(mesh, kind):
+  return {name for name, one in zip(mesh.axis_names, mesh.axis_types) if one is kind}
+
+
+def parts(axis):
+  """Parts that the current mesh cuts arrays into by an axis; 1 where it has none, or the arrays are cut already."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if axis in _axes_of(mesh, AxisType.Manual) else mesh.shape.get(axis, 1)
 
 
 def call(
@@ -168,10 +198,7 @@ def call(
   q, k, v = (jnp.asarray(x) for x in (q, k, v))
   softmax.check_qkv(q, k, v)
   (B, T, H, _), S = q.shape, k.shape[1]
-  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-  if axis not in mesh.shape:
-    raise ValueError(f'axis={axis!r} is not in the mesh {dict(mesh.shape)}: give mesh=, or enter jax.set_mesh(mesh)')
-  batch, heads = (tuple(name for name in axes if name in mesh.shape) for axes in (batch_axes, head_axes))
+  mesh, batch, heads = _axes(mesh, axis, batch_axes, head_axes)
   _divides('B', B, mesh, batch)
   _divides('H', H, mesh, heads)
   _divides('T', T, mesh, (axis,) if is_query_cut else ())
@@ -190,9 +217,34 @@ def call(
   return Call(q, k, v, q_tokens, kv_tokens, mask, mesh, shard, is_query_cut)
 
 
+def _axes(mesh, axis, batch_axes, head_axes):
+  """(mesh, axes of the batch, axes of heads): those that the mesh has and that are not cut by hand already."""
+  current = jax.sharding.get_abstract_mesh()
+  manual = _axes_of(current, AxisType.Manual)
+  # Inside jax.shard_map only the current mesh knows what is cut already.
+  mesh = current if mesh is None or (manual and dict(mesh.shape) == dict(current.shape)) else mesh
+  if axis not in mesh.shape:
+    raise ValueError(f'axis={axis!r} is not in the mesh {dict(mesh.shape)}: give mesh=, or enter jax.set_mesh(mesh)')
+  if axis in manual:
+    raise ValueError(f'axis={axis!r} is Manual, cut by an outer jax.shard_map: expected an axis that it leaves alone')
+  owner = {axis: 'axis'}
+  found = []
+  for argument, names in (('batch_axes', batch_axes), ('head_axes', head_axes)):
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+      raise ValueError(f'{argument}={names!r}, expected a tuple of names of mesh axes')
+    for name in names:
+      if name in owner:
+        raise ValueError(f'{argument}={names!r}: {name!r} is in {owner[name]} already, expected each mesh axis once')
+      owner[name] = argument
+    found.append(tuple(name for name in names if name in mesh.shape and name not in manual))
+  return mesh, *found
+
+
 def repeat_heads(x, parts):
   """x [B, S, K, ...] with every head repeated, next to itself, as often as it takes for `parts` to divide them."""
-  return jnp.repeat(x, parts // math.gcd(x.shape[2], parts), axis=2)
+  repeats = parts // math.gcd(x.shape[2], parts)
+  return x if repeats == 1 else jnp.repeat(x, repeats, axis=2)
 
 
 def _divides(name, size, mesh, axes):

@@ -67,9 +67,8 @@ def of_method(method: Method, T: int, S: int) -> tuple[masks.Mask, str]:
   """
   mask = method.settings.get('mask')
   if method.settings.get('is_causal'):
-    # Queries of a cache are the last ones of the text, as in attn/cost/method_cost.py.
-    is_cached = method.state is not None and method.path == 'attn.cache.storage.attend'
-    own = masks.causal(max(0, S - T) if is_cached else 0)
+    # As in attn/cost/method_cost.py, fewer queries than keys are the last ones of the text.
+    own = masks.causal(S - T if method_cost.is_decoding(method, T, S) else 0)
     mask = own if mask is None else own & mask
   if mask is None:
     raise ValueError(

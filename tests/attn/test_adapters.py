@@ -188,6 +188,70 @@ def test_an_additive_mask_is_refused():
     adapters.flax_attention_fn('softmax')(q, k, v, mask=(PADDING - 1) * 1e9)
 
 
+def test_a_traced_mask_that_is_not_0_and_1_gives_nan():
+  """Read as Flax reads it, an additive mask would hide what it shows and show what it hides."""
+  q, k, v = heads()
+  attend = adapters.flax_attention_fn('softmax')
+  run = jax.jit(lambda mask: attend(q, k, v, mask=mask))
+  same(run(PADDING), attend(q, k, v, mask=PADDING))
+  same(jax.jit(lambda: attend(q, k, v, mask=PADDING))(), attend(q, k, v, mask=PADDING))
+  same(jax.jit(lambda: attend(q, k, v, mask=nnx.make_causal_mask(X[..., 0])))(), attend(q, k, v, mask=CAUSAL))
+  for wrong in ((PADDING - 1) * 1e9, 2 * PADDING, jnp.where(PADDING > 0, 1, jnp.nan)):
+    assert np.isnan(run(wrong)).all()
+  added = np.asarray((PADDING - 1) * 1e9)
+  with pytest.raises(ValueError, match='mask has values from -1000000000'):
+    jax.jit(lambda: attend(q, k, v, mask=added))()
+
+
+@pytest.mark.parametrize(
+  'name, settings',
+  [
+    ('is_causal', {'is_causal': True}),
+    ('mask', {'mask': masks.causal() & masks.window(3)}),
+    ('score', {'score': bias.alibi(bias.alibi_slopes(H).astype(np.float32))}),
+  ],
+)
+@pytest.mark.parametrize('kind', ['nnx', 'linen'])
+def test_what_goes_by_position_is_refused_in_a_cache_of_flax(kind, name, settings):
+  """There one query meets all slots, and would count as the first one."""
+  attention_fn = adapters.flax_attention_fn(softmax.attend, **settings)
+  with pytest.raises(ValueError, match=f'{name} goes by position, and where T=1 queries stand among S=6 keys'):
+    if kind == 'nnx':
+      layer = in_nnx(attention_fn)
+      layer.init_cache((B, T, E))
+      layer(X[:, :1], decode=True)
+    else:
+      layer = linen.MultiHeadDotProductAttention(H, decode=True, attention_fn=attention_fn)
+      cache = jax.eval_shape(in_linen_with_cache().init, jax.random.key(0), X)['cache']
+      cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+      layer.apply(linen_parameters() | {'cache': cache}, X[:, :1], mutable=['cache'])
+
+
+def in_linen_with_cache():
+  return linen.MultiHeadDotProductAttention(H, decode=True)
+
+
+def test_positions_may_differ_in_number_where_they_are_known():
+  (q, _, _), (_, k, v) = heads(), heads()
+  step = q[:, 3:4]
+  want = softmax.attend(q, k, v, is_causal=True)[:, 3:4]
+  where = {'positions': np.array([3]), 'kv_positions': np.arange(T)}
+  same(adapters.flax_attention_fn('softmax', is_causal=True, **where)(step, k, v), want)
+  same(adapters.flax_attention_fn('softmax', mask=masks.array(np.arange(T) < 4))(step, k, v), want)
+  same(adapters.flax_attention_fn('softmax', is_causal=False)(step, k, v), softmax.attend(step, k, v))
+  for f in (adapters.flax_attention_fn('softmax'), functools.partial(adapters.flax_attention_fn('flash'))):
+    with pytest.raises(ValueError, match='is_causal goes by position, and where T=1 '):
+      f(step, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize('name', ['deterministic', 'dropout_rate', 'broadcast_dropout', 'is_causal'])
+def test_traced_flags_are_refused_by_name(name):
+  q, k, v = heads()
+  value = {'dropout_rate': 0.5}.get(name, True)
+  with pytest.raises(ValueError, match=f"{name} is traced, .*: jax.jit needs static_argnames='{name}'"):
+    jax.jit(adapters.flax_attention_fn('softmax'))(q, k, v, **{name: value})
+
+
 def test_settings_reach_the_function():
   q, k, v = heads(K=2)
   slopes = bias.alibi_slopes(H).astype(np.float32)

@@ -37,7 +37,7 @@ def test_a_method(run):
 def test_lengths_and_json(run):
   code, out, _ = run('causal', '--draw', 'FILE.png', '--shape', 'T=16,S=24', '--json')
   got = json.loads(out)
-  assert code == 0 and got['share'] == np.tri(16, 24).mean() and got['file'].endswith('mask.png')
+  assert code == 0 and got['share'] == np.tri(16, 24, 24 - 16).mean() and got['file'].endswith('mask.png')
   assert (run.folder / 'mask.png').read_bytes()[:4] == b'\x89PNG'
 
 

@@ -248,6 +248,23 @@ def test_two_sided_distances_have_full_rank():
     (lambda: low_rank.distance(X, Y[:, :2]), r'x has shape \(7, 3\) and y \(9, 2\)'),
     (lambda: low_rank.svd(np.ones((3, 4), np.float32), 4), r'rank=4 must be in 0..3'),
     (lambda: low_rank.svd(np.ones((3, 4), np.float32), share=1.5), 'share=1.5'),
+    (lambda: low_rank.svd(np.ones((3, 4), np.float32), -1), 'rank=-1 must be at least 0'),
+    (lambda: low_rank.svd(np.ones((3, 4), np.float32), 1.5), 'rank=1.5 is not an integer'),
+    (lambda: low_rank.svd(np.ones(4, np.float32), 1), r'bias has shape \(4,\) .* expected floating \[..., T, S\]'),
+    (lambda: low_rank.svd(np.ones((0, 4), np.float32)), r'bias has shape \(0, 4\) .* not empty'),
+    (lambda: low_rank.svd(np.ones((3, 4), int)), 'bias has shape .* and dtype int32'),
+    (lambda: low_rank.svd(np.full((3, 4), np.nan)), 'bias has NaN or infinities'),
+    (lambda: low_rank.energy(np.full((3, 4), -np.inf)), 'bias has NaN or infinities'),
+    (lambda: jax.jit(low_rank.svd)(np.ones((3, 4), np.float32)), 'rank=None: expected a number where the bias is tr'),
+    (lambda: low_rank.augment(*qkv()[:2], low_rank.separable(M, N), np.nan), 'scale=nan is not a finite'),
+    (lambda: low_rank_fit.factors(jax.random.key(0), np.full((3, 4), np.nan), 1), 'bias has NaN'),
+    (lambda: low_rank_fit.factors(jax.random.key(0), np.ones((3, 4), int), 1), 'bias has shape .* dtype int32'),
+    (lambda: low_rank_fit.factors(jax.random.key(0), np.ones((3, 4)), 1.5), 'rank=1.5 is not an integer'),
+    (lambda: low_rank_fit.factors(jax.random.key(0), np.ones((3, 4)), 1, steps=-1), 'steps=-1'),
+    (
+      lambda: low_rank_fit.networks(jax.random.key(0), np.ones((1, 2, 3, 3)), 1, np.full((1, 3, 2), np.inf)),
+      'x has NaN or infinities',
+    ),
     (lambda: low_rank.separable(M, N) + low_rank.separable(M, N[1:]), 'do not fit each other'),
     (lambda: low_rank.augment(*qkv()[:2], low_rank.separable(M, N), multiple_of=0), 'multiple_of=0'),
     (lambda: low_rank_fit.factors(jax.random.key(0), np.ones((3, 4)), 0), 'rank=0'),
@@ -261,83 +278,6 @@ def test_two_sided_distances_have_full_rank():
 def test_rejects(call, words):
   with pytest.raises(ValueError, match=words):
     call()
-
-
-# Precision
-
-
-def worst_error(factors, slope, N):
-  """The largest error of a causal ALiBi bias over pairs with 200 queries, the first and last ones among them."""
-  f, g = (np.asarray(x, np.float64).reshape(N, -1) for x in (factors.f, factors.g))
-  i, j = np.unique([*range(8), *range(N - 8, N), *np.random.default_rng(0).integers(0, N, 184)])[:, None], np.arange(N)
-  return np.abs(np.where(i >= j, f[i[:, 0]] @ g.T + slope * (i - j), 0)).max()
-
-
-def in_parts(slope, N, parts, is_traced=False):
-  zero = np.zeros((1, N, 1, 1), jnp.bfloat16)
-  factors = low_rank.alibi(np.array([slope]), N)
-  run = lambda factors: low_rank.augment(zero, zero, factors, parts=parts)[:2]
-  q, k = jax.jit(run)(factors) if is_traced else run(factors)
-  assert q.dtype == k.dtype == jnp.bfloat16
-  return Factors(q[0, :, 0, 1:], k[0, :, 0, 1:])
-
-
-@pytest.mark.parametrize('N, off', [(256, 0.0), (2048, 4.0), (8192, 16.0), (32768, 64.0)])
-def test_positions_in_bfloat16_are_wrong_by_whole_units(N, off):
-  """One bfloat16 number a factor: the error grows with the position; the worst pair, near the end, is off by this."""
-  naive = in_parts(0.5, N, 1)
-  assert naive.rank == 2
-  error = worst_error(naive, 0.5, N)
-  assert 0.7 * off <= error <= off
-  f, g = (np.asarray(x, np.float64) for x in (naive.f, naive.g))
-  beside = np.abs(np.sum(f[1:] * g[:-1], axis=-1) + 0.5).max()  # pairs of neighbours
-  assert beside >= 0.7 * off
-
-
-@pytest.mark.parametrize('slope', [0.5, 2**-0.5, 2**-7.5])
-@pytest.mark.parametrize('N', [256, 2048, 8192, 32768])
-def test_parts_carry_positions(N, slope):
-  known, traced = in_parts(slope, N, 3), in_parts(slope, N, 3, is_traced=True)
-  assert traced.rank == 12 and known.rank <= 9
-  for factors in (known, traced):
-    assert worst_error(factors, slope, N) <= 4e-7 * slope * N
-  if slope == 0.5:
-    assert known.rank == (2 if N <= 256 else 4)
-    assert worst_error(known, slope, N) == 0
-    assert worst_error(in_parts(slope, N, 2), slope, N) == 0
-
-
-def test_bfloat16_attention_far_from_the_start():
-  """Causal, slope 1/2, positions 30000 to 30015: as near as bfloat16 allows in parts, lost in one bfloat16 number."""
-  N, start = 16, 30000
-  q, k, v = (normal(seed, 1, N, 2, 8).astype(jnp.bfloat16) for seed in (1, 2, 3))
-  at = start + np.arange(N)
-  factors = low_rank.alibi(np.array([0.5, 0.5]), N, positions=at, kv_positions=at)
-  dense = -0.5 * (at[:, None] - at).astype(float)
-  want = oracle.attend(*(np.asarray(x, np.float64) for x in (q, k, v)), bias=dense, is_causal=True)[0]
-  run = lambda **how: jax.jit(lambda f: low_rank.attend(q, k, v, f, is_causal=True, **how))(factors)
-  got = run()
-  assert got.dtype == jnp.bfloat16
-  assert oracle.relative_error(got, want) < 2e-2
-  assert oracle.relative_error(run(parts=1), want) > 0.3
-
-
-def test_float16_runs_out_of_range_by_name():
-  q = np.zeros((1, 3, 1, 4), np.float16)
-  far = low_rank.distance(np.array([[0.0], [1.0], [300.0]]))
-  with pytest.raises(ValueError, match=r'factor f has values up to 9e\+04, beyond the range of float16'):
-    low_rank.augment(q, q, far, parts=2)
-
-
-def test_wider_factors_make_wider_queries():
-  q, k, v = (normal(seed, 1, 3, 1, 4).astype(jnp.bfloat16) for seed in (1, 2, 3))
-  factors = low_rank.alibi(np.array([0.5], np.float32), 3)
-  assert [x.dtype for x in low_rank.augment(q, k, factors)[:2]] == [np.float32] * 2
-  assert [x.dtype for x in low_rank.augment(q, k, factors, parts=1)[:2]] == [jnp.bfloat16] * 2
-  with jax.enable_x64(True):
-    doubled = low_rank.alibi(np.array([0.5]), 3)
-    q, k, v = (x.astype(np.float32) for x in (q, k, v))
-    assert low_rank.attend(q, k, v, doubled).dtype == np.float32
 
 
 # Approximate factors
@@ -369,6 +309,16 @@ def test_svd_of_a_learned_table_keeps_the_attention():
   assert factors.rank <= 8
   q, k, v = (normal(seed, 1, 16, 2, 4).astype(np.float32) for seed in (1, 2, 3))
   assert oracle.relative_error(low_rank.attend(q, k, v, factors), softmax.attend(q, k, v, bias=dense)) < 0.05
+
+
+def test_zeros_and_narrow_types_are_taken_apart_too():
+  factors, error = low_rank_fit.factors(jax.random.key(0), np.zeros((3, 4), np.float32), 2, steps=3)
+  assert error == 0 and not np.asarray(factors.dense()).any()
+  assert not np.asarray(low_rank.svd(np.zeros((3, 4), np.float32)).dense()).any()
+  x = normal(37, 3, 4).astype(jnp.bfloat16)
+  factors = low_rank.svd(x, 3)
+  assert factors.f.dtype == factors.g.dtype == np.float32
+  np.testing.assert_allclose(factors.dense()[0, 0], x.astype(np.float32), atol=1e-6)
 
 
 def test_trained_factors_reach_the_best_ones():

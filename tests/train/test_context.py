@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from attn.distributed import zigzag
@@ -100,3 +101,16 @@ def test_generation_is_unaffected():
   with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, context=4))):
     got, _ = generate(model, prompt, 4)
   np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize('scan', [False, pytest.param(True, marks=pytest.mark.long)])
+def test_attention_maps_are_those_of_one_device(scan):
+  """One row of 5 tokens: nothing that the mesh could cut evenly. The second layer's map needs the first layer."""
+  model = small.model(layers=[LayerSpec(window=4)], scan=scan)
+  tokens = small.tokens(batch=1, length=5)
+  want = model.attention_map(tokens, 1)
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, context=4))):
+    np.testing.assert_array_equal(model.attention_map(tokens, 1), want)
+    graph, state = nnx.split(model)
+    got = jax.jit(lambda state: nnx.merge(graph, state).attention_map(tokens, 1))(state)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
