@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attn import dropout, masks
+from attn.masks import sequence
 from attn.masks.predicates import column, register, row, static
 
 
@@ -178,9 +179,7 @@ class Tiles:
   def _bias_at(self, bias, visit):
     """The place of a tile in the bias, as index arrays that broadcast to [B, H, bq, bk]."""
     b, h, t, s = bias.shape
-    rows, columns = (
-      self._every_head(ids[..., None] * n + jnp.arange(n)) for ids, n in zip(visit[:2], (self.work.bq, self.work.bk))
-    )
+    rows, columns = self.places(visit)
     b, h = jnp.arange(b)[:, None, None, None], jnp.arange(h)[:, None, None]
     return b, h, row(rows) if t > 1 else 0, column(columns) if s > 1 else 0
 
@@ -206,22 +205,20 @@ class Tiles:
       x = jnp.broadcast_to(x[:, :, None], (b, 1, G, t, s)) if t > 1 else x[:, :, None]
     return x.reshape(b, h if h == 1 else h // G, -1, s)
 
+  def places(self, visit):
+    """Indices of the tile's queries and of its keys, padding included: int32 [1 or Bm, 1 or H, bq] and [.., bk]."""
+    every = lambda ids: self._every_head(ids) if ids.ndim else ids[None, None]
+    sides = (visit.q_id, self.work.bq), (visit.kv_id, self.work.bk)
+    return tuple(every(ids)[..., None] * size + jnp.arange(size, dtype=jnp.int32) for ids, size in sides)
+
   def tokens(self, visit):
-    """(queries, keys) of the tile as masks see them."""
-    call, sides = self.call, []
-    for ids, size, x, positions in (
-      (visit.q_id, self.work.bq, call.q, call.positions), (visit.kv_id, self.work.bk, call.k, call.kv_positions),
-    ):  # fmt: skip
-      index = jnp.minimum(ids[..., None] * size + jnp.arange(size, dtype=jnp.int32), x.shape[1] - 1)
-      index = self._every_head(index) if ids.ndim else index[None, None]
-      if positions is None:
-        position = index
-      elif ids.ndim:
-        position = jnp.take_along_axis(positions[:, None], index, axis=2)
-      else:
-        position = jnp.take(positions, index[0, 0], axis=1)[:, None]
-      sides.append(masks.Tokens(index, position))
-    return tuple(sides)
+    """(queries, keys) of the tile as masks see them; padding repeats the last one."""
+    sides = (self.call.q, self.call.positions), (self.call.k, self.call.kv_positions)
+    found = []
+    for places, (x, positions) in zip(self.places(visit), sides):
+      index = jnp.minimum(places, x.shape[1] - 1)
+      found.append(masks.Tokens(index, index if positions is None else sequence.at(positions, index)))
+    return tuple(found)
 
   def _every_head(self, x):
     """[Bm, Hm, ...] as [Bm, 1 or H, ...]."""
@@ -229,7 +226,7 @@ class Tiles:
 
   def seen(self, visit):
     """What may be seen in a tile: [1 or B, 1 or H, bq, 1 or bk]."""
-    call, (bq, bk), shape = self.call, (self.work.bq, self.work.bk), (self.call.q.shape[0], self.call.q.shape[2])
+    call, shape = self.call, (self.call.q.shape[0], self.call.q.shape[2])
     q, k = self.tokens(visit)
     seen = call.mask.tile(q, k, *shape)
     counts, needs_mask = (None, None) if visit.flags is None else (
@@ -242,10 +239,9 @@ class Tiles:
       seen &= counts
     if self.work.row_bits is not None:
       seen &= self._every_head(self._chosen(visit))[..., None]
-    for side, ids, size, x in ((row, visit.q_id, bq, call.q), (column, visit.kv_id, bk, call.k)):
-      if x.shape[1] % size:
-        index = ids[..., None] * size + jnp.arange(size)
-        seen &= side(self._every_head(index) if ids.ndim else index[None, None]) < x.shape[1]
+    for side, places, x in zip((row, column), self.places(visit), (call.q, call.k)):
+      if x.shape[1] % places.shape[-1]:
+        seen &= side(places) < x.shape[1]
     return seen
 
   def _chosen(self, visit):
@@ -259,13 +255,9 @@ class Tiles:
   def keep(self, visit):
     """Dropout's factor for a tile, [B, K, P, bk]."""
     call, (B, T, H, _) = self.call, self.call.q.shape
-    rows, columns = (
-      self._every_head(x) if x.ndim == 3 else x[None, None]
-      for x in (ids[..., None] * n + jnp.arange(n) for ids, n in zip(visit[:2], (self.work.bq, self.work.bk)))
-    )
-    return self.by_kv_head(
-      dropout.keep_factor(call.seed, call.dropout_rate, B, H, T, rows, columns, call.accumulator)
-    )
+    rows, columns = self.places(visit)
+    factor = dropout.keep_factor(call.seed, call.dropout_rate, B, H, T, rows, columns, call.accumulator)
+    return self.by_kv_head(factor)
 
 
 def _entry(x, n):

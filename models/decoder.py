@@ -226,10 +226,12 @@ POLICIES = {
 
 
 def restart(segment_ids):
-  """[B, T] ids -> [B, T] positions counted from the start of each run of equal ids."""
-  index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-  is_start = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
-  return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
+  """[B, T] ids -> [B, T] int32 positions counted from the start of each run of equal ids; numpy for numpy."""
+  is_host = isinstance(segment_ids, np.ndarray)
+  xp, running_max = (np, np.maximum.accumulate) if is_host else (jnp, jax.lax.cummax)
+  index = xp.arange(segment_ids.shape[1], dtype=np.int32)
+  is_start = xp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+  return index - running_max(xp.where(is_start, index, 0), axis=1)
 
 
 def layer_masks(config, T):

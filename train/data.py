@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from attn.distributed import zigzag
+from models import decoder
 from train.config import SEPARATOR
 
 
@@ -127,7 +128,7 @@ def to_global(local, arrays, batch, sharding):
   """
   parts = sharding.mesh.shape.get('context', 1)
   if parts > 1:
-    arrays = {**arrays, 'positions': positions(arrays['segment_ids'])}
+    arrays = {**arrays, 'positions': decoder.restart(arrays['segment_ids'])}
     arrays = {name: zigzag.permute(array, parts) for name, array in arrays.items()}
 
   def put(array):
@@ -139,10 +140,3 @@ def to_global(local, arrays, batch, sharding):
     return jax.make_array_from_callback((batch, array.shape[1]), sharding, part)
 
   return {name: put(array) for name, array in arrays.items()}
-
-
-def positions(segment_ids):
-  """Places of tokens, counted from the first of their segment: segment_ids [B, T] -> int32 [B, T]."""
-  index = np.arange(segment_ids.shape[1], dtype=np.int32)
-  is_first = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
-  return index - np.maximum.accumulate(np.where(is_first, index, 0), axis=1)

@@ -52,7 +52,9 @@ def test_packed_documents_match_oracle_and_each_alone():
 
 
 def test_restart_counts_from_each_change():
-  got = decoder.restart(jnp.array([[5, 5, 2, 2, 2, 5], [0, 0, 0, 0, 0, 0]]))
+  ids = np.array([[5, 5, 2, 2, 2, 5], [0, 0, 0, 0, 0, 0]])
+  got = decoder.restart(jnp.asarray(ids))
+  np.testing.assert_array_equal(decoder.restart(ids), got)
   np.testing.assert_array_equal(got, [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]])
 
 
