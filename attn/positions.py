@@ -120,28 +120,61 @@ class Llama3:
 
 
 @dataclasses.dataclass(frozen=True)
+class LongRope:
+  """Every pair's frequency divided by a factor of its own, found by search; and sharper attention.
+
+      f'_i = f_i / factors[i]
+      rotated channels are multiplied by attention_factor = sqrt(1 + ln(factor) / ln(original_length))
+
+  Published models have two lists of factors, for texts up to the original length and beyond. They are two settings:
+  keys that were rotated by one do not fit queries rotated by the other.
+
+  Args:
+    factors: w / 2 divisors, w the rotary width.
+    factor: new length over old length, >= 1; it sets the attention factor alone.
+    original_length: tokens of the training context, 2 or more.
+    attention_factor: 0 means the formula above (1 where factor = 1).
+
+  Source: arXiv:2402.13753 section 3; `_compute_longrope_parameters` in Hugging Face transformers.
+  """
+
+  factors: tuple[float, ...]
+  factor: float
+  original_length: int
+  attention_factor: float = 0.0
+
+  def __post_init__(self):
+    if not self.factors or not all(0 < x < math.inf for x in self.factors):
+      raise ValueError(f'factors={self.factors} must be finite numbers above 0, one for each pair')
+    _at_least('factor', self.factor, 1)
+    _at_least('original_length', self.original_length, 2)
+    if self.attention_factor < 0:
+      raise ValueError(f'attention_factor={self.attention_factor} must be above 0, or 0 for the default')
+
+
+@dataclasses.dataclass(frozen=True)
 class Rotary:
   """How positions turn channels. Hashable: a static argument.
 
   Args:
     base: the wavelengths run from 2 pi to about 2 pi base; > 1.
     fraction: part of the channels that turns, the first ones; in (0, 1].
-    scaling: None, Linear, NTKAware, YaRN or Llama3.
+    scaling: None, Linear, NTKAware, YaRN, Llama3 or LongRope.
 
   Source: arXiv:2104.09864; partial rotary: GPT-J and GPT-NeoX (arXiv:2204.06745).
   """
 
   base: float = 10000.0
   fraction: float = 1.0
-  scaling: Linear | NTKAware | YaRN | Llama3 | None = None
+  scaling: Linear | NTKAware | YaRN | Llama3 | LongRope | None = None
 
   def __post_init__(self):
     if not self.base > 1:
       raise ValueError(f'base={self.base} must be more than 1')
     if not 0 < self.fraction <= 1:
       raise ValueError(f'fraction={self.fraction} must be in (0, 1]; without rotary, do not call rotate')
-    if not isinstance(self.scaling, Linear | NTKAware | YaRN | Llama3 | None):
-      raise ValueError(f'scaling={self.scaling!r} must be None, Linear, NTKAware, YaRN or Llama3')
+    if not isinstance(self.scaling, Linear | NTKAware | YaRN | Llama3 | LongRope | None):
+      raise ValueError(f'scaling={self.scaling!r} must be None, Linear, NTKAware, YaRN, Llama3 or LongRope')
 
 
 @functools.lru_cache(maxsize=256)
@@ -155,10 +188,11 @@ def frequencies(rotary: Rotary, width: int) -> tuple[np.ndarray, float]:
     width: D, channels of a head.
 
   Returns:
-    (f [w / 2] float64 in radians per position, read-only; attention factor, 1.0 but for YaRN). All static: numpy.
+    (f [w / 2] float64 in radians per position, read-only; attention factor, 1.0 but for YaRN and LongRope). All
+    static: numpy.
 
   Raises:
-    ValueError: fraction * width is not an even integer >= 2.
+    ValueError: fraction * width is not an even integer >= 2, or LongRope has another number of factors.
   """
   rotary_width = round(rotary.fraction * width)
   if abs(rotary_width - rotary.fraction * width) > 1e-6 or rotary_width % 2 or rotary_width < 2:
@@ -179,6 +213,12 @@ def frequencies(rotary: Rotary, width: int) -> tuple[np.ndarray, float]:
     turns = scaling.original_length * f / (2 * np.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     f = _blend(f, scaling.factor, np.clip((turns - scaling.low_freq_factor) / span, 0, 1))
+  elif isinstance(scaling, LongRope):
+    if len(scaling.factors) != len(f):
+      raise ValueError(f'factors has {len(scaling.factors)} entries, expected {len(f)}, one for each rotary pair')
+    f = f / np.array(scaling.factors)
+    default = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
+    attention_factor = scaling.attention_factor or default
   f.flags.writeable = False
   return f, attention_factor
 
@@ -239,8 +279,8 @@ def reposition(k, old_positions, new_positions, rotary: Rotary):
 
       reposition(rotate(k, p, rotary), p, p', rotary) = rotate(k, p', rotary)
 
-  A rotation by the difference p' - p (taken in integers, so that far positions lose nothing). YaRN's factor, which
-  the keys carry already, is not applied again.
+  A rotation by the difference p' - p (taken in integers, so that far positions lose nothing). The attention factor of
+  YaRN and LongRope, which the keys carry already, is not applied again.
 
   Args:
     k: [B, S, K, D] rotated keys.

@@ -81,12 +81,18 @@ def attention(sizes):
       calls = (functools.partial(f, *arguments) for f in (ours, theirs))
       times = timing.in_turns(*calls, seconds=sizes.seconds)
       limit = AT_MOST['attention 512'] if T <= 512 else AT_MOST['attention above']
-      say(f'attention B={B} T={T} {name}: {times["ratio"]:.2f} of jax.nn (goal: at most {limit}), '
-          f'{1e3 * times["first_s"]:.1f} ms; results differ by {difference:.0e}')
+      say(
+        f'attention B={B} T={T} {name}: {times["ratio"]:.2f} of jax.nn (goal: at most {limit}), '
+        f'{1e3 * times["first_s"]:.1f} ms; results differ by {difference:.0e}'
+      )
       rows.append({'B': B, 'T': T, 'pass': name, **times, 'at_most': limit, 'relative_difference': difference})
-  return {'shape': 'H={heads} D={head_dim} float32 causal'.format_map(dataclasses.asdict(sizes)),
-          'first': "attn.softmax.attend(implementation='xla')",
-          'second': "jax.nn.dot_product_attention(implementation='xla')", 'times': rows, 'memory': memory(sizes)}
+  return {
+    'shape': 'H={heads} D={head_dim} float32 causal'.format_map(dataclasses.asdict(sizes)),
+    'first': "attn.softmax.attend(implementation='xla')",
+    'second': "jax.nn.dot_product_attention(implementation='xla')",
+    'times': rows,
+    'memory': memory(sizes),
+  }
 
 
 def memory(sizes):
@@ -102,9 +108,11 @@ def memory(sizes):
       T, longer = sizes.memory_lengths[-2:]
       row[f'{label}_exponent'] = math.log(sizes_in_bytes[-1] / sizes_in_bytes[-2]) / math.log(longer / T)
     rows.append(row)
-    say(f'memory {name}: T={longer} takes {row["first_bytes"][-1] / 2**20:.1f} MiB, jax.nn '
-        f'{row["second_bytes"][-1] / 2**20:.0f} MiB; bytes grow as T^{row["first_exponent"]:.2f} '
-        f'(goal: at most {AT_MOST["memory exponent"]}), jax.nn as T^{row["second_exponent"]:.2f}')
+    say(
+      f'memory {name}: T={longer} takes {row["first_bytes"][-1] / 2**20:.1f} MiB, jax.nn '
+      f'{row["second_bytes"][-1] / 2**20:.0f} MiB; bytes grow as T^{row["first_exponent"]:.2f} '
+      f'(goal: at most {AT_MOST["memory exponent"]}), jax.nn as T^{row["second_exponent"]:.2f}'
+    )
   return rows
 
 
@@ -170,11 +178,20 @@ def step(sizes):
   times = timing.in_turns(*run, seconds=2 * sizes.seconds, least=5)
   last = ours(tokens, targets), theirs(torch_tokens, torch_targets)
   count = sum(p.size for p in params.values())
-  say(f'step: {times["ratio"]:.2f} of PyTorch (goal: at most {AT_MOST["step"]}), {1e3 * times["first_s"]:.0f} ms; '
-      f'losses {losses[0]:.6f} and {losses[1]:.6f}, after {times["pairs"] + 2} steps {last[0]:.4f} and {last[1]:.4f}')
-  return {'shape': f'depth={sizes.depth} width={sizes.width} B={sizes.batch} T={sizes.seq_len} AdamW float32',
-          'first': 'models.decoder, jitted', 'second': f'eager PyTorch, {torch.get_num_threads()} threads',
-          'parameters': count, **times, 'at_most': AT_MOST['step'], 'first_losses': losses, 'last_losses': last}
+  say(
+    f'step: {times["ratio"]:.2f} of PyTorch (goal: at most {AT_MOST["step"]}), {1e3 * times["first_s"]:.0f} ms; '
+    f'losses {losses[0]:.6f} and {losses[1]:.6f}, after {times["pairs"] + 2} steps {last[0]:.4f} and {last[1]:.4f}'
+  )
+  return {
+    'shape': f'depth={sizes.depth} width={sizes.width} B={sizes.batch} T={sizes.seq_len} AdamW float32',
+    'first': 'models.decoder, jitted',
+    'second': f'eager PyTorch, {torch.get_num_threads()} threads',
+    'parameters': count,
+    **times,
+    'at_most': AT_MOST['step'],
+    'first_losses': losses,
+    'last_losses': last,
+  }
 
 
 def loop(sizes):
@@ -226,6 +243,7 @@ def loop_config(sizes, folder):
 
 def bare_step(config):
   """A function of n: runs n steps of the loop's jitted step on batches on the device, returns seconds a step."""
+  from models import state as model_state
   from train import corpus, data, optimizer, state, step
 
   tx = optimizer.make(config.optimizer, config.train.steps)
@@ -234,7 +252,7 @@ def bare_step(config):
   rows = data.Rows(corpus.load(config.data).side(corpus.TRAIN), config.data.seq_len)
   B = config.data.batch
   batches = [jax.device_put(rows(np.arange(i * B, (i + 1) * B) % len(rows))) for i in range(8)]
-  jitted = jax.jit(step.trainer(state.graph(config.model), tx, schedule), donate_argnums=0)
+  jitted = jax.jit(step.trainer(model_state.graph(config.model), tx, schedule), donate_argnums=0)
   held[0], _ = jitted(held[0], batches[0])
 
   def run(n):
@@ -251,9 +269,10 @@ def jax_step(sizes):
   """(config, copied parameters, function of (tokens, targets) that trains by one step and returns the loss)."""
   from flax import nnx
 
+  from models import state
   from models.config import DecoderConfig, LayerSpec
   from models.decoder import Decoder
-  from train import config as train_config, loss, optimizer, state
+  from train import config as train_config, loss, optimizer
 
   model = DecoderConfig(vocab=288, width=sizes.width, depth=sizes.depth, heads=4, layers=[LayerSpec()])
   config = train_config.Config(model=model, optimizer=train_config.OptimizerConfig(schedule='constant', warmup_steps=0))

@@ -18,7 +18,7 @@ def get_config():
   # Short rows, small batches: with so few tokens many steps are worth more than long contexts.
   layers = [LayerSpec(window=64), LayerSpec()]
   return Config(
-    model=DecoderConfig(vocab=264, width=192, depth=4, heads=6, qk_norm=True, layers=layers),
+    model=DecoderConfig(vocab=264, width=192, depth=4, heads=6, qk_norm='head', layers=layers),
     # The library holds empty files and, to test decoders, badly encoded ones.
     data=DataConfig(source='python_stdlib', bad_files='skip', seq_len=256, batch=8, held_out_percent=1.5),
     optimizer=OptimizerConfig(learning_rate=2.5e-3, schedule='wsd', warmup_steps=30, decay_fraction=0.5),

@@ -85,7 +85,7 @@ class Decoder(nn.Module):
     return F.linear(self.norm(x), self.embed.weight)
 
   def copy_from(self, params):
-    """Takes over {path: array}, as train.state.split gives them; a path without a counterpart is a KeyError."""
+    """Takes over {path: array}, as models.state.split gives them; a path without a counterpart is a KeyError."""
     mine = dict(self.named_parameters())
     with torch.no_grad():
       for path, array in params.items():
@@ -124,8 +124,9 @@ def make_step(model, config):
 
 def check(config):
   """ValueError for settings of a DecoderConfig that the twin does not have."""
-  expected = {'mlp': 'swiglu', 'tied_embeddings': True, 'qk_norm': False, 'sinks': False, 'attn_bias': False}
-  expected |= {'mlp_bias': False, 'attn_soft_cap': 0.0, 'logit_soft_cap': 0.0, 'scan': False, 'dtype': 'float32'}
+  expected = {'mlp': 'swiglu', 'tied_embeddings': True, 'qk_norm': '', 'sinks': False, 'attn_bias': ''}
+  expected |= {'norms': 'pre', 'norm_plus_one': False, 'attn_scale': 0.0, 'experts': 0, 'mlp_bias': False}
+  expected |= {'attn_soft_cap': 0.0, 'logit_soft_cap': 0.0, 'scan': False, 'dtype': 'float32'}
   for name, value in expected.items():
     if getattr(config, name) != value:
       raise ValueError(f'{name}={getattr(config, name)!r}, expected {value!r}: the twin has nothing else')

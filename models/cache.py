@@ -11,6 +11,20 @@ NEVER = 2**30  # a position no text reaches: a row that lost entries stays lost
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Pending:
+  """Tokens that were looked at and not stored, a pytree; made by `Decoder.look`, stored by `ModelCache.accept`.
+
+  Attributes:
+    layers: what each layer would store of them.
+    positions: [B, m] int32.
+  """
+
+  layers: list[Any]
+  positions: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ModelCache:
   """States of all layers, a pytree; made by `Decoder.init_cache`, changed by `Decoder.extend`.
 
@@ -62,6 +76,39 @@ class ModelCache:
       length=repeat(0)(self.length),
       reach=repeat(0)(self.reach),
     )
+
+  def take(self, rows):
+    """The cache whose row i is row rows[i] of this one; rows [R] int, in any order and as often as wanted."""
+    take = lambda axis: lambda x: jnp.take(x, rows, axis=axis)
+    return dataclasses.replace(
+      self,
+      layers=jax.tree.map(take(1 if self.is_scanned else 0), self.layers),
+      length=take(0)(self.length),
+      reach=take(0)(self.reach),
+    )
+
+  def accept(self, pending, index, positions):
+    """Stores some of the tokens that `Decoder.look` has looked at.
+
+    Args:
+      pending: Pending of m tokens.
+      index: [B, r] int, which of them: 0 .. m - 1. Attention has seen them from `pending.positions`: keep those.
+      positions: [B, r] int, distinct within a row; negative ones are not stored.
+
+    Returns:
+      ModelCache, as if these tokens alone had come. Overflow is not seen here: a later `extend` gives NaN.
+    """
+    index, positions = jnp.asarray(index), jnp.asarray(positions, jnp.int32)
+    if index.shape != positions.shape or index.ndim != 2 or len(index) != len(self.length):
+      raise ValueError(f'index has shape {index.shape} and positions {positions.shape}, expected both [B, r]')
+    pick = lambda x: jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+    def store(state, entries):
+      return state.accept(jax.tree.map(pick, entries), positions)
+
+    store = jax.vmap(store) if self.is_scanned else store
+    layers = [store(state, entries) for state, entries in zip(self.layers, pending.layers)]
+    return self.advance(layers, positions)[0]
 
   def advance(self, layers, positions):
     """The cache after tokens at `positions` [B, n] went through the layers, and which rows can be trusted.

@@ -16,41 +16,47 @@ import numpy as np
 from flax import nnx
 
 from attn import masks
-from models import layers, mixers
-from models.cache import ModelCache
+from models import experts, layers, mixers
+from models.cache import ModelCache, Pending
 
 
 class Block(nnx.Module):
-  """One layer: x + mixer(norm(x)), then x + mlp(norm(x))."""
+  """One layer: x + mixer(x), then x + mlp(x), each with an RMSNorm before it, after it, or both (config.norms)."""
 
   def __init__(self, spec, config, *, rngs):
-    norm = lambda: layers.RMSNorm(config.width, eps=config.norm_eps, param_dtype=config.param_dtype)
-    self.mixer_norm, self.mlp_norm = norm(), norm()
+    norm = lambda is_there: layers.norm(config.width, config) if is_there else None
+    self.mixer_norm, self.mlp_norm = (norm(config.norms != 'post') for _ in range(2))
+    self.mixer_out_norm, self.mlp_out_norm = (norm(config.norms != 'pre') for _ in range(2))
     self.mixer = mixers.mixer(spec, config, rngs=rngs)
-    self.mlp = layers.MLP(
-      config.mlp,
-      config.width,
-      config.F,
-      has_bias=config.mlp_bias,
-      out_std=(2 * config.depth) ** -0.5,
-      dtype=config.dtype,
-      param_dtype=config.param_dtype,
-      rngs=rngs,
-    )
+    self.mlp = experts.mlp(config, rngs=rngs)
 
   def __call__(self, x, state=None, positions=None, segment_ids=None):
-    y, state = self.mixer.apply(self.mixer_norm(x), state, positions=positions, segment_ids=segment_ids)
-    x = x + y
-    return x + self.mlp(self.mlp_norm(x)), state
+    y, state = self.mixer.apply(self.mixer_input(x), state, positions=positions, segment_ids=segment_ids)
+    return self._rest(x, y), state
+
+  def look(self, x, state, pending, positions, mask):
+    """As a call with a state, for tokens that are not stored: see `Decoder.look`."""
+    y, pending = self.mixer.look(self.mixer_input(x), state, pending, positions=positions, mask=mask)
+    return self._rest(x, y), pending
+
+  def mixer_input(self, x):
+    """What the mixer reads of the residual stream x."""
+    return x if self.mixer_norm is None else self.mixer_norm(x)
+
+  def _rest(self, x, y):
+    x = x + (y if self.mixer_out_norm is None else self.mixer_out_norm(y))
+    y = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+    return x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
 
 
 class Decoder(nnx.Module):
   """Embedding, depth layers, norm, output projection.
 
-  Parameter paths: embed.table, blocks.I.mixer_norm.scale, blocks.I.mixer.{q,k,v,o}.{kernel,bias},
-  blocks.I.mixer.{q_norm,k_norm}.scale, blocks.I.mixer.sinks, blocks.I.mlp_norm.scale,
-  blocks.I.mlp.{gate,up,down}.{kernel,bias}, norm.scale, head.kernel (if embeddings are not tied). I counts layers;
-  with config.scan it counts the layers of the pattern, and parameters have the repeats on axis 0. Kernels are
+  Parameter paths: embed.table, blocks.I.{mixer_norm,mixer_out_norm,mlp_norm,mlp_out_norm}.scale,
+  blocks.I.mixer.{q,k,v,o}.{kernel,bias}, blocks.I.mixer.{q_norm,k_norm}.scale, blocks.I.mixer.sinks,
+  blocks.I.mlp.{gate,up,down}.{kernel,bias} or blocks.I.mlp.router.{kernel,bias} and
+  blocks.I.mlp.experts.{gate,up,down}.{kernel,bias}, norm.scale, head.kernel (if embeddings are not tied). I counts
+  layers; with config.scan it counts the layers of the pattern, and parameters have the repeats on axis 0. Kernels are
   [in, out]. Both forms start from the same values.
 
   Token ids outside 0 .. vocab - 1 give NaN for the rest of their row: data must be checked before.
@@ -76,7 +82,7 @@ class Decoder(nnx.Module):
       self.blocks = nnx.List([nnx.vmap(block(i))(keys[i :: self.pattern]) for i in range(self.pattern)])
     else:
       self.blocks = nnx.List([block(i)(keys[i]) for i in range(config.depth)])
-    self.norm = layers.RMSNorm(config.width, eps=config.norm_eps, param_dtype=config.param_dtype)
+    self.norm = layers.norm(config.width, config)
     self.head = None if config.tied_embeddings else layers.Linear(config.width, config.vocab, rngs=rngs, **dtypes)
 
   def __call__(self, tokens, positions=None, segment_ids=None):
@@ -99,7 +105,8 @@ class Decoder(nnx.Module):
     check_tokens(tokens)
     if positions is None and segment_ids is not None and self.has_chunks:
       positions = restart(segment_ids)
-    x, _ = self._layers(self.embed(tokens), None, positions, segment_ids)
+    no_states = [()] * len(self.blocks)
+    x, _ = self._layers(self.embed(tokens), no_states, lambda b, x, _: (b(x, None, positions, segment_ids)[0], ()))
     return self.norm(x)
 
   def logits(self, hidden):
@@ -153,9 +160,46 @@ class Decoder(nnx.Module):
     check_tokens(tokens)
     if positions is None:
       positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    x, states = self._layers(self.embed(tokens), cache.layers, positions, None)
+    x, states = self._layers(self.embed(tokens), cache.layers, lambda block, x, state: block(x, state, positions))
     cache, is_good = cache.advance(states, positions)
     return jnp.where(is_good[:, None, None], self.norm(x), jnp.nan), cache
+
+  def look(self, tokens, positions, cache, *, mask=None, pending=None):
+    """As `extend_hidden`, but nothing is stored: for drafts, of which only a part will stay.
+
+    The tokens may be the nodes of a tree: those at the same depth stand at the same position, and `mask` says which
+    see each other. `cache.accept` then stores the path that is kept.
+
+    Args:
+      tokens: [B, n] int.
+      positions: [B, n] int, none of which the cache holds; negative ones are padding.
+      cache: ModelCache.
+      mask: bool [n, m + n] or [B, n, m + n], True where a token may see one of the m pending tokens or of these (itself
+        included); position rules of the layers hold too. None lets them see all that are not later than themselves.
+      pending: what an earlier look on the same cache gave, of m tokens.
+
+    Returns:
+      (hidden [B, n, E], Pending of m + n tokens).
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    check_tokens(tokens)
+    (B, n), m = tokens.shape, 0 if pending is None else pending.positions.shape[1]
+    positions = jnp.asarray(positions, jnp.int32)
+    if positions.shape != (B, n):
+      raise ValueError(f'positions have shape {positions.shape}, expected {(B, n)} as tokens')
+    mask = jnp.ones((n, m + n), bool) if mask is None else jnp.asarray(mask)
+    if mask.shape not in ((n, m + n), (B, n, m + n)) or mask.dtype != bool:
+      raise ValueError(f'mask is {mask.dtype} {mask.shape}, expected bool {(n, m + n)} or {(B, n, m + n)}')
+    mask = jnp.broadcast_to(mask, (B, n, m + n))[:, None]
+    states, everything = cache.layers, positions
+    if pending is not None:
+      states, everything = list(zip(states, pending.layers)), jnp.concatenate([pending.positions, positions], axis=1)
+    pair = lambda state: state if pending is not None else (state, None)
+    look = lambda block, x, state: block.look(x, *pair(state), everything, mask)
+    x, entries = self._layers(self.embed(tokens), states, look)
+    return self.norm(x), Pending(entries, everything)
 
   def layer(self, i):
     """The Block of layer i = 0 .. depth - 1, also of a scanned decoder (then a copy)."""
@@ -178,13 +222,21 @@ class Decoder(nnx.Module):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # the layers below need not divide T
       return _attention_map(*nnx.split(self), tokens, layer)
 
-  def _layers(self, x, states, positions, segment_ids):
-    """All blocks, one by one or scanned over the repeats of the pattern; states None is no cache."""
-    states = [None] * len(self.blocks) if states is None else states
+  def _layers(self, x, states, run):
+    """All blocks, one by one or scanned over the repeats of the pattern.
+
+    Args:
+      x: [B, T, E].
+      states: a pytree for each of self.blocks.
+      run: (block, x, its state) -> (x, what becomes of the state).
+
+    Returns:
+      (x, list of what became of the states).
+    """
     if not self.scan:
       new = []
       for block, state in zip(self.blocks, states):
-        x, state = self._remat(*nnx.split(block))(x, state, positions, segment_ids)
+        x, state = self._remat(*nnx.split(block), run)(x, state)
         new.append(state)
       return x, new
     graphs, params = zip(*(nnx.split(block) for block in self.blocks))
@@ -192,18 +244,18 @@ class Decoder(nnx.Module):
     def repeat(x, slices):
       new = []
       for graph, param, state in zip(graphs, *slices):
-        x, state = self._remat(graph, param)(x, state, positions, segment_ids)
+        x, state = self._remat(graph, param, run)(x, state)
         new.append(state)
       return x, new
 
     return jax.lax.scan(repeat, x, (list(params), states))
 
-  def _remat(self, graph, params):
-    """The block as a function, whose backward pass keeps what config.remat says."""
-    run = lambda params, *args: nnx.merge(graph, params)(*args)
+  def _remat(self, graph, params, run):
+    """The block as a function of (x, state), whose backward pass keeps what config.remat says."""
+    apply = lambda params, *args: run(nnx.merge(graph, params), *args)
     if self.remat != 'none':
-      run = jax.checkpoint(run, policy=POLICIES[self.remat], prevent_cse=not self.scan)
-    return lambda *args: run(params, *args)
+      apply = jax.checkpoint(apply, policy=POLICIES[self.remat], prevent_cse=not self.scan)
+    return lambda *args: apply(params, *args)
 
 
 @functools.partial(jax.jit, static_argnames=('graph', 'layer'))
@@ -213,7 +265,7 @@ def _attention_map(graph, state, tokens, layer):
   for i in range(layer):
     x, _ = model.layer(i)(x)
   last = model.layer(layer)
-  return last.mixer.weights(last.mixer_norm(x))
+  return last.mixer.weights(last.mixer_input(x))
 
 
 POLICIES = {

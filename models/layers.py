@@ -45,17 +45,26 @@ def is_partitioned():
 
 
 class RMSNorm(nnx.Module):
-  """y = g x / sqrt(mean(x^2) + eps) over the last axis; the mean is at least float32. Source: arXiv:1910.07467."""
+  """y = g x / sqrt(mean(x^2) + eps) over the last axis; the mean is at least float32. Source: arXiv:1910.07467.
 
-  def __init__(self, width, *, eps, param_dtype):
-    self.eps = eps
-    self.scale = nnx.Param(jnp.ones(width, param_dtype))
+  g is the parameter `scale`, or 1 + scale with `plus_one` (Gemma), which weight decay then draws to 1.
+  """
+
+  def __init__(self, width, *, eps, param_dtype, plus_one=False):
+    self.eps, self.plus_one = eps, plus_one
+    self.scale = nnx.Param(jnp.full(width, 0 if plus_one else 1, param_dtype))
 
   def __call__(self, x):
     acc = jnp.promote_types(x.dtype, jnp.float32)
     x_acc = x.astype(acc)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_acc), axis=-1, keepdims=True) + self.eps)
-    return (x_acc * inverse * self.scale[...].astype(acc)).astype(x.dtype)
+    scale = self.scale[...].astype(acc)
+    return (x_acc * inverse * (1 + scale if self.plus_one else scale)).astype(x.dtype)
+
+
+def norm(width, config):
+  """The RMSNorm of a DecoderConfig."""
+  return RMSNorm(width, eps=config.norm_eps, param_dtype=config.param_dtype, plus_one=config.norm_plus_one)
 
 
 class Embed(nnx.Module):
@@ -77,8 +86,19 @@ class Embed(nnx.Module):
     return jnp.einsum('...e,ve->...v', x.astype(self.dtype), table, preferred_element_type=acc)
 
 
-GATES = {'swiglu': jax.nn.silu, 'geglu': jax.nn.gelu}  # down(gate_function(gate(x)) * up(x)), arXiv:2002.05202
-PLAIN = {'gelu': jax.nn.gelu, 'relu2': lambda x: jnp.square(jax.nn.relu(x))}  # down(function(up(x)))
+def clipped_swiglu(gate, up, limit=7.0, sharpness=1.702):
+  """g sigmoid(1.702 g) (u + 1) with g = min(gate, 7) and u = clip(up, -7, 7). Source: arXiv:2508.10925 (gpt-oss)."""
+  gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+  return gate * jax.nn.sigmoid(sharpness * gate) * (up + 1)
+
+
+# down(f(gate(x), up(x))), arXiv:2002.05202
+GATES = {
+  'swiglu': lambda gate, up: jax.nn.silu(gate) * up,
+  'geglu': lambda gate, up: jax.nn.gelu(gate) * up,
+  'swiglu_clipped': clipped_swiglu,
+}
+PLAIN = {'gelu': jax.nn.gelu, 'relu2': lambda x: jnp.square(jax.nn.relu(x))}  # down(f(up(x)))
 
 
 class MLP(nnx.Module):
@@ -94,4 +114,4 @@ class MLP(nnx.Module):
   def __call__(self, x):
     if self.gate is None:
       return self.down(PLAIN[self.kind](self.up(x)))
-    return self.down(GATES[self.kind](self.gate(x)) * self.up(x))
+    return self.down(GATES[self.kind](self.gate(x), self.up(x)))

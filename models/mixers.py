@@ -32,20 +32,22 @@ class Attention(nnx.Module):
 
   def __init__(self, spec, config, *, rngs):
     H, K, D = config.heads, config.K, config.D
-    linear = functools.partial(
-      layers.Linear, has_bias=config.attn_bias, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
-    )
+    linear = functools.partial(layers.Linear, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+    has_bias = config.attn_bias != ''
     self.heads, self.kv_heads, self.head_dim = H, K, D
     self.window, self.chunk, self.rotary = spec.window, spec.chunk, spec.rotary()
+    self.scale = config.attn_scale or D**-0.5
     self.soft_cap = config.attn_soft_cap or None
     self.implementation = config.implementation or None
-    self.q = linear(config.width, H * D)
-    self.k = linear(config.width, K * D)
-    self.v = linear(config.width, K * D)
-    self.o = linear(H * D, config.width, std=(2 * config.depth * H * D) ** -0.5)
-    norm = lambda: layers.RMSNorm(D, eps=config.norm_eps, param_dtype=config.param_dtype)
-    self.q_norm = norm() if config.qk_norm else None
-    self.k_norm = norm() if config.qk_norm else None
+    self.q = linear(config.width, H * D, has_bias=has_bias)
+    self.k = linear(config.width, K * D, has_bias=has_bias)
+    self.v = linear(config.width, K * D, has_bias=has_bias)
+    out_std = (2 * config.depth * H * D) ** -0.5
+    self.o = linear(H * D, config.width, has_bias=config.attn_bias == 'qkvo', std=out_std)
+    self.norms_heads = config.qk_norm == 'head'
+    norm = lambda heads: layers.norm(D if self.norms_heads else heads * D, config)
+    self.q_norm = norm(H) if config.qk_norm else None
+    self.k_norm = norm(K) if config.qk_norm else None
     self.sinks = nnx.Param(jnp.zeros(H, config.param_dtype)) if config.sinks else None
 
   @property
@@ -72,12 +74,7 @@ class Attention(nnx.Module):
   def apply(self, x, state, *, positions=None, segment_ids=None):
     """Mixes x [B, T, E]; see the module's docstring. positions [T] or [B, T]; None means 0..T-1 (no state)."""
     q, k, v = self.project(x, positions)
-    options = {
-      'mask': self.mask(),
-      'soft_cap': self.soft_cap,
-      'sinks': None if self.sinks is None else self.sinks[...],
-      'implementation': self.implementation,
-    }
+    options = self._options()
     if state is None:
       # Where the mesh cuts rows along their length, keys travel; the order of the tokens is that of `positions`.
       attend = distributed.ring if distributed.parts() > 1 else softmax.attend
@@ -88,12 +85,42 @@ class Attention(nnx.Module):
       out, state = storage.attend(q, k, v, state, positions, **options)
     return self.o(out.reshape(*x.shape[:2], -1)), state
 
+  def look(self, x, state, pending, *, positions, mask):
+    """As `apply` with a state, but nothing is stored.
+
+    Args:
+      x: [B, n, E].
+      state: of `init_state`.
+      pending: None, or the pair of m tokens of an earlier look.
+      positions: [B, m + n], of the pending tokens and these; negative is padding.
+      mask: [B or 1, 1, n, m + n] bool, which of the pending tokens and of these a token may see, if the layer's own
+        mask by position allows it too.
+
+    Returns:
+      (y [B, n, E], pending: keys and values of the m + n tokens, for another look or `storage.append`).
+    """
+    q, k, v = self.project(x, positions[:, -x.shape[1] :])
+    if pending is not None:
+      k, v = (jnp.concatenate([old, new], axis=1) for old, new in zip(pending, (k, v)))
+    out = storage.peek(q, k, v, state, positions, among=mask, **self._options())
+    return self.o(out.reshape(*x.shape[:2], -1)), (k, v)
+
+  def _options(self):
+    """What every form of attention is told."""
+    return {
+      'mask': self.mask(),
+      'scale': self.scale,
+      'soft_cap': self.soft_cap,
+      'sinks': None if self.sinks is None else self.sinks[...],
+      'implementation': self.implementation,
+    }
+
   def weights(self, x):
     """Attention probabilities [B, H, T, T] of a whole text x [B, T, E], spelled out."""
     q, k, _ = self.project(x)
     acc = jnp.promote_types(q.dtype, jnp.float32)
     k = jnp.repeat(k, self.heads // self.kv_heads, axis=2)
-    s_BHTS = jnp.einsum('bthd,bshd->bhts', q, k, preferred_element_type=acc) * self.head_dim**-0.5
+    s_BHTS = jnp.einsum('bthd,bshd->bhts', q, k, preferred_element_type=acc) * self.scale
     if self.soft_cap:
       s_BHTS = self.soft_cap * jnp.tanh(s_BHTS / self.soft_cap)
     s_BHTS = jnp.where(masks.dense(self.mask(), x.shape[1]), s_BHTS, -jnp.inf)
@@ -105,9 +132,13 @@ class Attention(nnx.Module):
   def project(self, x, positions=None):
     """x [B, T, E] -> q [B, T, H, D], k and v [B, T, K, D], normed and rotated as attention takes them."""
     split = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-    q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
-    if self.q_norm is not None and self.k_norm is not None:
-      q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = self.q(x), self.k(x), split(self.v(x))
+    if self.q_norm is None or self.k_norm is None:
+      q, k = split(q), split(k)
+    elif self.norms_heads:
+      q, k = self.q_norm(split(q)), self.k_norm(split(k))
+    else:
+      q, k = split(self.q_norm(q)), split(self.k_norm(k))
     if self.rotary is not None:
       positions = jnp.arange(x.shape[1]) if positions is None else positions
       q, k = (attn_positions.rotate(y, positions, self.rotary) for y in (q, k))

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from models import state as model_state
 from train import config as configs, sharding, state as states, workdir as workdirs
 from train.config import UserError
 
@@ -89,13 +90,13 @@ def load_model(workdir, step=None):
       raise UserError(f'workdir {workdir}: expected {wanted}, found {steps}')
     step = steps[-1] if step is None else step
     mesh = sharding.make_mesh(configs.MeshConfig(data=1), jax.local_devices()[:1])
-    params = states.abstract_params(config.model)
+    params = model_state.abstract_params(config.model)
     whole = sharding.params_sharding(params, mesh)
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole[path]) for path, x in params.items()}
     params = _restored(found, step, ocp.args.Composite(params=ocp.args.StandardRestore(shapes))).params
   # Without the mesh, so that the arrays mix with any others.
   params = {path: jax.device_put(np.asarray(x), jax.local_devices()[0]) for path, x in params.items()}
-  return config, states.merge(states.graph(config.model), params), step
+  return config, model_state.merge(model_state.graph(config.model), params), step
 
 
 def _restored(manager, step, args):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from models import size
+from models import size, state as model_state
 from train import (
   checkpoint,
   config as configs,
@@ -77,7 +77,7 @@ def run(config, workdir):
       workdirs.write_run(workdir, config, corpus, size.parameters(config.model))
 
     # 2. The jitted step, state in and out, donated; evaluation.
-    graph, chunk = states.graph(config.model), config.train.loss_chunk
+    graph, chunk = model_state.graph(config.model), config.train.loss_chunk
     train_step = jax.jit(
       steps.trainer(graph, tx, schedule, accumulate=config.train.accumulate, loss_chunk=chunk),
       donate_argnums=0,

@@ -1,28 +1,14 @@
-"""Where arrays live: a mesh of devices with named axes, and a table from parameter paths to placements."""
+"""Where arrays live: a mesh of devices with named axes; parameters by the table of models/sharding.py."""
 
 import math
-import re
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from models import sharding
+from models.sharding import RULES
 from train.config import MESH_AXES, UserError
 
-# (regular expression that a whole path must match, placement of its last axes). The first match wins. Axes before
-# those a placement names, such as the repeats of scanned layers, are not cut.
-RULES = [
-  (r'embed\.table', P('tensor', 'fsdp')),  # [vocab, E]
-  (r'head\.kernel', P('fsdp', 'tensor')),  # [E, vocab]
-  (r'blocks\.\d+\.mixer\.[qkv]\.kernel', P('fsdp', 'tensor')),  # [E, heads * D]
-  (r'blocks\.\d+\.mixer\.[qkv]\.bias', P('tensor')),
-  (r'blocks\.\d+\.mixer\.o\.kernel', P('tensor', 'fsdp')),  # [heads * D, E]
-  (r'blocks\.\d+\.mlp\.(gate|up)\.kernel', P('fsdp', 'tensor')),  # [E, inside]
-  (r'blocks\.\d+\.mlp\.(gate|up)\.bias', P('tensor')),
-  (r'blocks\.\d+\.mlp\.down\.kernel', P('tensor', 'fsdp')),  # [inside, E]
-  (r'blocks\.\d+\.(mixer\.o|mlp\.down)\.bias', P()),
-  (r'blocks\.\d+\.mixer\.sinks', P()),
-  (r'(.*\.|)\w*norm\.scale', P()),
-]
 ROWS = P(('data', 'fsdp'), 'context')  # of [B, T] arrays
 
 
@@ -70,37 +56,11 @@ def check_batch(config, mesh):
 
 
 def params_sharding(params, mesh, rules=RULES):
-  """The placement of each parameter.
-
-  Args:
-    params: {path: array or shape}, as train.state gives them.
-    mesh: jax.sharding.Mesh.
-    rules: [(regular expression, PartitionSpec)].
-
-  Returns:
-    {path: NamedSharding}.
-
-  Raises:
-    UserError: a path that no rule matches, or an axis that its mesh axes do not divide.
-  """
-  return {path: NamedSharding(mesh, _spec(path, array.shape, mesh, rules)) for path, array in params.items()}
-
-
-def _spec(path, shape, mesh, rules):
-  found = next(((pattern, spec) for pattern, spec in rules if re.fullmatch(pattern, path)), None)
-  if found is None:
-    raise UserError(f'parameter {path!r} {shape} matches no rule: expected a line for it in train/sharding.py RULES')
-  pattern, spec = found
-  if len(spec) > len(shape):
-    raise UserError(f'parameter {path!r} {shape}: rule {pattern!r} places {len(spec)} axes, more than there are')
-  spec = P(*[None] * (len(shape) - len(spec)), *spec)
-  for i, axis in enumerate(spec):
-    if axis is not None and shape[i] % mesh.shape[axis]:
-      raise UserError(
-        f'mesh.{axis}={mesh.shape[axis]}: expected a divisor of axis {i} of parameter {path!r} {shape}'
-        + (' (model.vocab may be larger than the tokenizer needs)' if path in ('embed.table', 'head.kernel') else '')
-      )
-  return spec
+  """As models.sharding.params_sharding, with a UserError for what does not fit."""
+  try:
+    return sharding.params_sharding(params, mesh, rules)
+  except ValueError as error:
+    raise UserError(str(error)) from error
 
 
 def like_params(tree, params_shardings, mesh):

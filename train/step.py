@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from models import state as model_state
 from train import loss, state as states
 
 
@@ -11,7 +12,7 @@ def trainer(graph, tx, schedule, *, accumulate=1, loss_chunk=0):
   """The function of one optimizer step.
 
   Args:
-    graph: of train.state.graph.
+    graph: of models.state.graph.
     tx: optax transformation.
     schedule: learning rate as a function of steps done, reported only.
     accumulate: parts of the batch that gradients are summed over, one after the other.
@@ -23,7 +24,7 @@ def trainer(graph, tx, schedule, *, accumulate=1, loss_chunk=0):
   """
 
   def nll(params, batch):
-    sums = loss.of_model(states.merge(graph, params), batch, loss_chunk)
+    sums = loss.of_model(model_state.merge(graph, params), batch, loss_chunk)
     return sums['nll'], sums
 
   def add(total, part):
@@ -56,7 +57,7 @@ def trainer(graph, tx, schedule, *, accumulate=1, loss_chunk=0):
 
 def evaluator(graph, *, loss_chunk=0):
   """evaluate(params, batch) -> sums of train.loss.cross_entropy."""
-  return lambda params, batch: loss.of_model(states.merge(graph, params), batch, loss_chunk)
+  return lambda params, batch: loss.of_model(model_state.merge(graph, params), batch, loss_chunk)
 
 
 def is_finite(params):

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attn import softmax
+from attn import masks, softmax
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +33,11 @@ class Slots:
   def rollback(self, length):
     """See `storage.rollback`."""
     return rollback(self, length)
+
+  def accept(self, entries, positions):
+    """Stores entries (k, v) that `storage.peek` has seen; see `storage.append`."""
+    k, v = entries
+    return append(self, k, v, positions)
 
 
 def init(batch, capacity, kv_heads, key_width, value_width=None, dtype=jnp.float32, *, is_ring=False):
@@ -167,6 +172,44 @@ def attend(q, k, v, slots, positions, **options):
     lost = positions >= slots.positions.shape[1]
     got = jax.tree.map(lambda x: jnp.where(lost.reshape(lost.shape + (1,) * (x.ndim - 2)), jnp.nan, x), got)
   return got, stored
+
+
+def peek(q, k, v, slots, positions, *, among=None, mask=None, sinks=None, return_residual=False, **options):
+  """Attention over stored entries and new ones, of which none is stored, as a merge of two parts.
+
+  Args:
+    q: [B, n, H, D] queries.
+    k: [B, m + n, K, D] keys of m earlier new tokens and of the n queries' own, positions already applied.
+    v: [B, m + n, K, V] values.
+    slots: Slots.
+    positions: [B, m + n] int, none of which is stored; several tokens may stand at one. Negative ones are padding.
+    among: bool, broadcasts to [B, H, n, m + n], which new tokens a query may see (itself included); None means all.
+      A tree of drafts is such a mask: every node sees its ancestors.
+    mask: of attn.masks, by positions; it holds for stored and new entries alike.
+    sinks: [H], see softmax.attend.
+    return_residual: also return the log-sum-exp.
+    **options: further keywords of softmax.attend.
+
+  Returns:
+    out [B, n, H, V], and the log-sum-exp if asked for. Not seen here: entries that a ring has lost.
+
+  Raises:
+    ValueError: as `append` and softmax.attend.
+  """
+  q, k, v, positions = (jnp.asarray(x) for x in (q, k, v, positions))
+  check(slots, k, v, positions)
+  options = dict(options, positions=positions[:, k.shape[1] - q.shape[1] :], return_residual=True)
+  stored = (slots.k.astype(q.dtype), slots.v.astype(q.dtype))
+  here = masks.everything() if mask is None else mask
+  both = here if among is None else here & masks.array(jnp.asarray(among))
+  parts = [
+    softmax.attend(q, *stored, mask=mask, kv_positions=slots.positions, **options),
+    softmax.attend(q, k, v, mask=both, kv_positions=positions, **options),
+  ]
+  out, lse = softmax.merge(parts)
+  if sinks is not None:
+    out, lse = softmax.add_sinks(out, lse, sinks)
+  return (out, lse) if return_residual else out
 
 
 def _without(old, new):

@@ -8,7 +8,7 @@ import numpy as np
 from attn import positions
 from attn.catalog import oracles
 from attn.catalog.method import Input, Limit, Method
-from attn.positions import Linear, Llama3, NTKAware, Rotary, YaRN
+from attn.positions import Linear, Llama3, LongRope, NTKAware, Rotary, YaRN
 
 
 def _angle(i, base=10000.0, width=8):
@@ -140,5 +140,17 @@ METHODS = (
     idea='Wavelengths beyond the training length interpolated, short ones kept, blended between.',
     formula='f2[i] = (1 - s[i]) f[i] / factor + s[i] f[i],   s[i] = clip((turns[i] - low) / (high - low), 0, 1)',
     usage='rotate(x, positions, Rotary(base=100.0, scaling=Llama3(8.0, 1.0, 4.0, original_length=64)))',
+  ),
+  _record(
+    'longrope',
+    'LongRoPE',
+    'arXiv:2402.13753',
+    'Ding et al. 2024',
+    Rotary(scaling=LongRope((1.0, 1.5, 4.0, 8.0), 8.0, original_length=64)),
+    _plain_if('factors 1: rotary', Rotary(scaling=LongRope((1.0,) * 4, 1.0, original_length=64))),
+    oracle={'angles': lambda i: _angle(i) / (1.0, 1.5, 4.0, 8.0)[i], 'factor': math.sqrt(1.5)},
+    idea='A divisor for the frequency of each pair, found by search, and sharper attention.',
+    formula='f2[i] = f[i] / factors[i];   rotated channels times sqrt(1 + ln(factor) / ln(original_length))',
+    usage='rotate(x, positions, Rotary(scaling=LongRope((1.0, 1.5, 4.0, 8.0), 8.0, original_length=64)))',
   ),
 )

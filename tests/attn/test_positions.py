@@ -10,7 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 from attn import positions
-from attn.positions import Linear, Llama3, NTKAware, Rotary, YaRN
+from attn.positions import Linear, Llama3, LongRope, NTKAware, Rotary, YaRN
 
 SETTINGS = {
   'plain': Rotary(),
@@ -22,6 +22,7 @@ SETTINGS = {
   'yarn_turns': Rotary(base=100.0, scaling=YaRN(4.0, original_length=64, beta_fast=8.0, ramp='turns')),
   'yarn_not_truncated': Rotary(base=100.0, scaling=YaRN(4.0, 64, beta_fast=8.0, truncate=False, attention_factor=1.5)),
   'llama3': Rotary(base=100.0, scaling=Llama3(8.0, 1.0, 4.0, original_length=64)),
+  'longrope': Rotary(scaling=LongRope((1.0, 1.5, 4.0, 30.0), 32.0, original_length=64)),
   'partial_yarn': Rotary(fraction=0.5, scaling=YaRN(2.0, original_length=256)),
 }
 each_setting = pytest.mark.parametrize('name', SETTINGS)
@@ -44,6 +45,9 @@ def oracle_frequencies(rotary, width):
       elif wavelength > old / scaling.high_freq_factor:
         smooth = (old / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         f = (1 - smooth) * f / scaling.factor + smooth * f
+    if isinstance(scaling, LongRope):
+      f = f / scaling.factors[i]
+      factor = scaling.attention_factor or math.sqrt(1 + math.log(scaling.factor, scaling.original_length))
     if isinstance(scaling, YaRN):
       factor = scaling.attention_factor or 1 + math.log(scaling.factor) / 10
       if scaling.ramp == 'turns':
@@ -79,7 +83,7 @@ def array(*shape, seed=0, dtype=np.float64):
 
 @each_setting
 def test_frequencies_match_the_published_formulas(name):
-  for width in (8, 16, 64):
+  for width in (8,) if isinstance(SETTINGS[name].scaling, LongRope) else (8, 16, 64):  # its factors are for one width
     f, factor = positions.frequencies(SETTINGS[name], width)
     want, want_factor = oracle_frequencies(SETTINGS[name], width)
     np.testing.assert_allclose(f, want, rtol=1e-13)
@@ -213,6 +217,10 @@ def test_jit_and_vmap_take_traced_positions():
     (lambda: Llama3(0.5, 1.0, 4.0, 64), 'factor=0.5'),
     (lambda: Llama3(8.0, 4.0, 1.0, 64), 'low_freq_factor=4.0'),
     (lambda: Llama3(8.0, 1.0, 4.0, 0), 'original_length=0'),
+    (lambda: LongRope((), 8.0, 64), r'factors=\(\)'),
+    (lambda: LongRope((1.0, 0.0), 8.0, 64), r'factors=\(1.0, 0.0\)'),
+    (lambda: LongRope((1.0,), 0.5, 64), 'factor=0.5'),
+    (lambda: LongRope((1.0,), 2.0, 1), 'original_length=1'),
     (lambda: positions.frequencies(Rotary(), 7), 'width=7'),
     (lambda: positions.frequencies(Rotary(fraction=0.25), 12), 'fraction=0.25 of width=12'),
     (lambda: positions.frequencies(Rotary(fraction=0.3), 8), 'fraction=0.3 of width=8'),

@@ -18,10 +18,13 @@ VARIANTS = {
   'geglu': {'mlp': 'geglu', 'kv_heads': 1},
   'gelu': {'mlp': 'gelu'},
   'relu2': {'mlp': 'relu2'},
-  'extras': {'qk_norm': True, 'sinks': True, 'norm_eps': 0.1, 'embed_scale': 0.7},
+  'extras': {'qk_norm': 'head', 'sinks': True, 'norm_eps': 0.1, 'embed_scale': 0.7},
   'caps': {'attn_soft_cap': 2.0, 'logit_soft_cap': 3.0},
-  'biases': {'attn_bias': True, 'mlp_bias': True, 'tied_embeddings': False},
+  'biases': {'attn_bias': 'qkvo', 'mlp_bias': True, 'tied_embeddings': False},
   'hybrid': {'depth': 4, 'layers': [LayerSpec(window=3, rope_fraction=0.0), LayerSpec(chunk=5, rope_fraction=0.5)]},
+  'post': {'norms': 'post', 'qk_norm': 'all', 'attn_bias': 'qkv', 'attn_scale': 0.7},
+  'both': {'norms': 'both', 'norm_plus_one': True, 'qk_norm': 'head', 'mlp': 'geglu'},
+  'experts': {'experts': 5, 'experts_per_token': 2, 'mlp': 'swiglu_clipped', 'mlp_bias': True, 'sinks': True},
   'linear': {'layers': [LayerSpec(rope_scaling='linear', rope_factor=3.0, rope_base=50.0, window=6, chunk=4)]},
 }
 
@@ -95,16 +98,18 @@ def value_and_grad(model, tokens=None):
 
 
 OPTIONS = {
-  'qk_norm': ('mixer.q_norm.scale', 'mixer.k_norm.scale'),
-  'sinks': ('mixer.sinks',),
-  'attn_bias': ('mixer.q.bias', 'mixer.k.bias', 'mixer.v.bias', 'mixer.o.bias'),
-  'mlp_bias': ('mlp.gate.bias', 'mlp.up.bias', 'mlp.down.bias'),
+  'qk_norm=head': ('mixer.q_norm.scale', 'mixer.k_norm.scale'),
+  'sinks=True': ('mixer.sinks',),
+  'attn_bias=qkvo': ('mixer.q.bias', 'mixer.k.bias', 'mixer.v.bias', 'mixer.o.bias'),
+  'mlp_bias=True': ('mlp.gate.bias', 'mlp.up.bias', 'mlp.down.bias'),
+  'norms=both': ('mixer_out_norm.scale', 'mlp_out_norm.scale'),
 }
 
 
 @pytest.mark.parametrize('option', OPTIONS)
 def test_option_has_parameters_with_gradients(option, base):
-  value, grads = value_and_grad(small.model(layers=small.HYBRID, **{option: True}))
+  name, value = option.split('=')
+  value, grads = value_and_grad(small.model(layers=small.HYBRID, **{name: value == 'True' or value}))
   assert abs(value - base[1][0]) > 1e-4
   new = sorted(set(grads) - set(base[1][1]))
   assert new == sorted(f'blocks.{i}.{path}' for i in range(2) for path in OPTIONS[option])
@@ -200,7 +205,7 @@ def test_remat_policy_saves_what_it_says(remat, saved):
 
 
 def test_bfloat16_stays_near_float32():
-  changes = {'layers': small.HYBRID, 'qk_norm': True}
+  changes = {'layers': small.HYBRID, 'qk_norm': 'head'}
   want = small.forward(small.model(**changes), small.tokens())
   model = small.model(**changes, dtype='bfloat16')
   assert {x.dtype for x in small.paths(model).values()} == {jnp.dtype('float32')}
@@ -242,7 +247,7 @@ def test_token_outside_the_vocabulary_gives_nan():
 
 
 def test_attention_map_is_what_the_layer_computes():
-  changes = {'depth': 4, 'layers': small.HYBRID, 'sinks': True, 'attn_soft_cap': 2.0, 'qk_norm': True}
+  changes = {'depth': 4, 'layers': small.HYBRID, 'sinks': True, 'attn_soft_cap': 2.0, 'qk_norm': 'head'}
   model, tokens = small.model(**changes), small.tokens()
   got = model.attention_map(tokens, 2)
   assert got.shape == (2, 4, small.T, small.T)

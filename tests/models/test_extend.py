@@ -15,9 +15,9 @@ YARN = LayerSpec(window=5, rope_scaling='yarn', rope_factor=4.0, rope_original_l
 LLAMA = LayerSpec(rope_scaling='llama3', rope_factor=2.0, rope_original_length=16, rope_fraction=0.5)
 PATTERNS = {
   'full': {'layers': [LayerSpec(rope_scaling='ntk', rope_factor=2.0)], 'sinks': True},
-  'hybrid': {'layers': small.HYBRID, 'qk_norm': True},
+  'hybrid': {'layers': small.HYBRID, 'qk_norm': 'head'},
   'rings': {'layers': [LayerSpec(window=1), LayerSpec(chunk=4), LayerSpec(window=6, chunk=5)], 'depth': 3},
-  'scaled': {'layers': [YARN, LLAMA], 'attn_soft_cap': 2.0, 'sinks': True, 'qk_norm': True},
+  'scaled': {'layers': [YARN, LLAMA], 'attn_soft_cap': 2.0, 'sinks': True, 'qk_norm': 'head'},
   'scanned': {'layers': [LayerSpec(window=4), LayerSpec(), LayerSpec(chunk=4)], 'depth': 6, 'scan': True},
 }
 

@@ -10,7 +10,7 @@ from tests.models import small
 
 SETTINGS = {
   'tied': {},
-  'untied': {'tied_embeddings': False, 'attn_bias': True, 'mlp_bias': True, 'sinks': True, 'qk_norm': True},
+  'untied': {'tied_embeddings': False, 'attn_bias': 'qkvo', 'mlp_bias': True, 'sinks': True, 'qk_norm': 'head'},
   'scanned': {'scan': True, 'depth': 4, 'layers': small.HYBRID, 'mlp': 'relu2'},
 }
 

@@ -12,12 +12,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from attn.distributed import zigzag
-from models import decoder
+from models import decoder, state as model_state
 from models.config import LayerSpec
 from models.generate import generate
 from tests.models import small
 from tests.train.test_sharding import FILES, FULL, three_steps
-from train import data, loss, sharding, state as states
+from train import data, loss, sharding
 from train.config import MeshConfig
 
 # Beside the window that tests/train/test_sharding.py has on such meshes: a chunk, and a layer without rotation.
@@ -69,13 +69,13 @@ def test_training_equals_one_device(one_device, changes, sizes, accumulate):
 def gradient(remat, context, chunk=0):
   """The compiled gradient of the loss of a two-layer model, rows of 64 tokens."""
   config = dataclasses.replace(FULL, remat=remat)
-  graph, mesh = states.graph(config), sharding.make_mesh(MeshConfig(data=1, context=context))
+  graph, mesh = model_state.graph(config), sharding.make_mesh(MeshConfig(data=1, context=context))
   by_rows = NamedSharding(mesh, sharding.ROWS)
   given = lambda dtype: jax.ShapeDtypeStruct((4, 64), dtype, sharding=by_rows)
   arrays = {name: given(jnp.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
-  nll = lambda params, arrays: loss.of_model(states.merge(graph, params), arrays, chunk)['nll']
+  nll = lambda params, arrays: loss.of_model(model_state.merge(graph, params), arrays, chunk)['nll']
   with jax.set_mesh(mesh):
-    made = jax.jit(jax.grad(nll)).lower(states.abstract_params(config), arrays | {'weights': given(jnp.float32)})
+    made = jax.jit(jax.grad(nll)).lower(model_state.abstract_params(config), arrays | {'weights': given(jnp.float32)})
     return made.compile().as_text()
 
 

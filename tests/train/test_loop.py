@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from models import state as model_state
 from tests.train import tiny
 from train import checkpoint, data, interrupt, loop, metrics, workdir as workdirs
 from train.config import UserError
@@ -168,7 +169,7 @@ def test_an_absurd_learning_rate_is_not_saved(source, tmp_path):
     loop.run(config, tmp_path)
   for path in (tmp_path / 'checkpoints').iterdir():
     _, model, _ = checkpoint.load_model(tmp_path, int(path.name))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(loop.states.split(model)[1])))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(model_state.split(model)[1])))
 
 
 def test_profile(source, tmp_path, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from models import state as model_state
 from models.config import DecoderConfig, LayerSpec
 from tests.train import tiny
 from train import data, optimizer, sharding, state as states, step as steps
@@ -13,8 +14,8 @@ from train.config import MeshConfig, OptimizerConfig, UserError
 from train.corpus import File
 
 FULL = DecoderConfig(
-  vocab=264, width=16, depth=2, heads=4, kv_heads=2, layers=[LayerSpec(window=5), LayerSpec()], qk_norm=True,
-  sinks=True, attn_bias=True, mlp_bias=True, tied_embeddings=False,
+  vocab=264, width=16, depth=2, heads=4, kv_heads=2, layers=[LayerSpec(window=5), LayerSpec()], qk_norm='head',
+  sinks=True, attn_bias='qkvo', mlp_bias=True, tied_embeddings=False,
 )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def three_steps(config, sizes, accumulate=1):
   placed = states.shardings(jax.eval_shape(init), mesh)
   by_rows = NamedSharding(mesh, sharding.ROWS)
   step = jax.jit(
-    steps.trainer(states.graph(config), tx, schedule, accumulate=accumulate),
+    steps.trainer(model_state.graph(config), tx, schedule, accumulate=accumulate),
     donate_argnums=0,
     in_shardings=(placed, by_rows),
     out_shardings=(placed, NamedSharding(mesh, P())),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models import state as model_state
 from models.config import DecoderConfig, LayerSpec
 from train import data, loss, optimizer, state as states, step as steps
 from train.config import OptimizerConfig
@@ -52,9 +53,9 @@ def test_packed_documents_equal_single_ones(model):
 
 @pytest.mark.parametrize('chunk', [1, 8])
 def test_chunked_loss_is_the_same(model, chunk):
-  graph, params = states.split(model)
+  graph, params = model_state.split(model)
   batch = data.Rows(FILES, 16)(np.arange(3))
-  of = lambda params, chunk: loss.of_model(states.merge(graph, params), batch, chunk)['nll']
+  of = lambda params, chunk: loss.of_model(model_state.merge(graph, params), batch, chunk)['nll']
   both = jax.jit(jax.value_and_grad(of), static_argnums=1)
   (want, want_grad), (got, got_grad) = both(params, 0), both(params, chunk)
   np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -65,12 +66,14 @@ def test_chunked_loss_is_the_same(model, chunk):
 
 
 def test_split_and_merge_are_inverse(model):
-  graph, params = states.split(model)
+  graph, params = model_state.split(model)
   assert 'blocks.1.mixer.q.kernel' in params
-  _, again = states.split(states.merge(graph, params))
+  _, again = model_state.split(model_state.merge(graph, params))
   assert list(again) == list(params)
   assert all(np.array_equal(again[path], params[path]) for path in params)
-  assert {path: x.shape for path, x in states.abstract_params(MODEL).items()} == {p: x.shape for p, x in params.items()}
+  assert {path: x.shape for path, x in model_state.abstract_params(MODEL).items()} == {
+    p: x.shape for p, x in params.items()
+  }
 
 
 def test_accumulation_equals_the_large_batch():
@@ -81,7 +84,7 @@ def test_accumulation_equals_the_large_batch():
   batch = data.Rows(FILES, 16, is_separator_target=False)(np.array([0, 1, 2, 9]))
   results = {}
   for accumulate in (1, 4):
-    step = jax.jit(steps.trainer(states.graph(MODEL), tx, schedule, accumulate=accumulate))
+    step = jax.jit(steps.trainer(model_state.graph(MODEL), tx, schedule, accumulate=accumulate))
     results[accumulate] = step(init(), batch)
   want, want_sums = results[1]
   assert want.step == 1

@@ -1,0 +1,63 @@
+"""Where a model's parameters lie on a mesh: a table from parameter paths to placements.
+
+Mesh axes are `data` (copies), `fsdp` (parameters and rows cut), `context` (rows cut along their length), `tensor`
+(heads and the inside of MLPs cut). A mesh may lack any of them.
+"""
+
+import re
+
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+# (regular expression that a whole path must match, placement of its last axes). The first match wins. Axes before
+# those a placement names, such as the repeats of scanned layers, are not cut.
+RULES = [
+  (r'embed\.table', P('tensor', 'fsdp')),  # [vocab, E]
+  (r'head\.kernel', P('fsdp', 'tensor')),  # [E, vocab]
+  (r'blocks\.\d+\.mixer\.[qkv]\.kernel', P('fsdp', 'tensor')),  # [E, heads * D]
+  (r'blocks\.\d+\.mixer\.[qkv]\.bias', P('tensor')),
+  (r'blocks\.\d+\.mixer\.o\.kernel', P('tensor', 'fsdp')),  # [heads * D, E]
+  (r'blocks\.\d+\.mlp\.(gate|up)\.kernel', P('fsdp', 'tensor')),  # [E, inside]
+  (r'blocks\.\d+\.mlp\.(gate|up)\.bias', P('tensor')),
+  (r'blocks\.\d+\.mlp\.down\.kernel', P('tensor', 'fsdp')),  # [inside, E]
+  (r'blocks\.\d+\.mlp\.experts\.(gate|up)\.kernel', P('fsdp', 'tensor')),  # [experts, E, inside]
+  (r'blocks\.\d+\.mlp\.experts\.(gate|up)\.bias', P('tensor')),
+  (r'blocks\.\d+\.mlp\.experts\.down\.kernel', P('tensor', 'fsdp')),  # [experts, inside, E]
+  (r'blocks\.\d+\.mlp\.router\.(kernel|bias)', P()),
+  (r'blocks\.\d+\.(mixer\.o|mlp\.down|mlp\.experts\.down)\.bias', P()),
+  (r'blocks\.\d+\.mixer\.sinks', P()),
+  (r'(.*\.|)\w*norm\.scale', P()),
+]
+
+
+def params_sharding(params, mesh, rules=RULES):
+  """The placement of each parameter.
+
+  Args:
+    params: {path: array or shape}, as models.state.split gives them.
+    mesh: jax.sharding.Mesh.
+    rules: [(regular expression, PartitionSpec)].
+
+  Returns:
+    {path: NamedSharding}.
+
+  Raises:
+    ValueError: a path that no rule matches, or an axis that its mesh axes do not divide.
+  """
+  return {path: NamedSharding(mesh, _spec(path, array.shape, mesh, rules)) for path, array in params.items()}
+
+
+def _spec(path, shape, mesh, rules):
+  found = next(((pattern, spec) for pattern, spec in rules if re.fullmatch(pattern, path)), None)
+  if found is None:
+    raise ValueError(f'parameter {path!r} {shape} matches no rule: expected a line for it in models/sharding.py RULES')
+  pattern, spec = found
+  if len(spec) > len(shape):
+    raise ValueError(f'parameter {path!r} {shape}: rule {pattern!r} places {len(spec)} axes, more than there are')
+  spec = P(*[None] * (len(shape) - len(spec)), *(axis if axis in mesh.shape else None for axis in spec))
+  for i, axis in enumerate(spec):
+    if axis is not None and shape[i] % mesh.shape[axis]:
+      raise ValueError(
+        f'mesh.{axis}={mesh.shape[axis]}: expected a divisor of axis {i} of parameter {path!r} {shape}'
+        + (' (model.vocab may be larger than the tokenizer needs)' if path in ('embed.table', 'head.kernel') else '')
+      )
+  return spec
