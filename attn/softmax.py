@@ -84,6 +84,7 @@ def attend(
   precision=None,
   implementation=None,
   return_residual=False,
+  is_padding_finite=False,
   blocks=None,
 ):
   """Softmax attention with grouped query heads.
@@ -120,6 +121,8 @@ def attend(
     precision: of every matrix product, as in jax.lax.dot_general.
     implementation: 'reference', 'xla', or None to choose: plain for few queries (decoding), else tiled.
     return_residual: also return the log-sum-exp.
+    is_padding_finite: the caller's word that keys and values in hidden places are finite, which saves a pass over k and
+      v: that of a cache, in decoding.
     blocks: Blocks, the tile sizes of 'xla'; None means the fastest known.
 
   Returns:
@@ -138,7 +141,7 @@ def attend(
     q, k, v, mask=mask, bias=bias, logit_bias=logit_bias, score=score, sinks=sinks, scale=scale, soft_cap=soft_cap,
     is_causal=is_causal, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, query_seq_lengths=query_seq_lengths,
     key_value_seq_lengths=key_value_seq_lengths, positions=positions, kv_positions=kv_positions,
-    dropout_rate=dropout_rate, dropout_key=dropout_key, precision=precision,
+    dropout_rate=dropout_rate, dropout_key=dropout_key, precision=precision, is_padding_finite=is_padding_finite,
   )  # fmt: skip
   if blocks is not None:
     check_blocks(blocks)
@@ -246,7 +249,9 @@ def _reference(call: Call):
   if call.dropout_rate:
     p_BHTS *= dropout.keep_factor(call.seed, call.dropout_rate, B, H, T, q_tokens.index, k_tokens.index, acc)
   p_BKGTS = p_BHTS.reshape(B, K, H // K, T, S)
-  out = jnp.einsum('bkgts,bskv->btkgv', p_BKGTS, call.v, precision=call.precision, preferred_element_type=acc)
+  # The order in which the product comes out: asked for another, XLA on CPU copies v transposed where B and T are 1.
+  out_BKGTV = jnp.einsum('bkgts,bskv->bkgtv', p_BKGTS, call.v, precision=call.precision, preferred_element_type=acc)
+  out = out_BKGTV.transpose(0, 3, 1, 2, 4)
   out = checkpoint_name(out.reshape(B, T, H, V).astype(call.q.dtype), 'attn_out')
   return out, checkpoint_name(lse_BHT.transpose(0, 2, 1), 'attn_lse')
 
@@ -254,7 +259,7 @@ def _reference(call: Call):
 def checked(
   q, k, v, *, mask=None, bias=None, logit_bias=None, score=None, sinks=None, scale=None, soft_cap=None,
   is_causal=False, segment_ids=None, kv_segment_ids=None, query_seq_lengths=None, key_value_seq_lengths=None,
-  positions=None, kv_positions=None, dropout_rate=0.0, dropout_key=None, precision=None,
+  positions=None, kv_positions=None, dropout_rate=0.0, dropout_key=None, precision=None, is_padding_finite=False,
 ):  # fmt: skip
   """The input rules of `attend`, for every implementation: returns (Call, sinks)."""
   q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -295,7 +300,8 @@ def checked(
   )
   whole = _whole_mask(mask, is_causal, segment_ids, kv_segment_ids, lengths, positions, kv_positions, (B, H, T, S))
   q = _emptied(q, lengths.q_lengths, positions)
-  k, v = (_emptied(x, lengths.kv_lengths, kv_positions) for x in (k, v))
+  if not is_padding_finite:
+    k, v = (_emptied(x, lengths.kv_lengths, kv_positions) for x in (k, v))
   positions, kv_positions = (None if x is None else jnp.atleast_2d(x) for x in (positions, kv_positions))
   seed = dropout.seed_of(dropout_key) if dropout_rate else None
   call = Call(

@@ -65,11 +65,12 @@ class Attention(nnx.Module):
     return mask(self.window, self.chunk)
 
   def init_state(self, batch, capacity, dtype, slack=0):
-    """An empty cache for texts of up to `capacity` tokens; local layers keep a ring of lookback + slack entries."""
-    ring = max(1, self.lookback + slack)
+    """An empty cache for texts of up to `capacity` tokens; local layers keep a ring of lookback + slack + 1."""
+    ring = self.lookback + slack + 1
     is_ring = self.is_local and ring < capacity
     slots = ring if is_ring else capacity
-    return storage.init(batch, slots, self.kv_heads, self.head_dim, dtype=dtype, is_ring=is_ring)
+    kind = {'is_ring': is_ring, 'has_spare': is_ring}
+    return storage.init(batch, slots, self.kv_heads, self.head_dim, dtype=dtype, **kind)
 
   def apply(self, x, state, *, positions=None, segment_ids=None):
     """Mixes x [B, T, E]; see the module's docstring. positions [T] or [B, T]; None means 0..T-1 (no state)."""

@@ -54,7 +54,7 @@ class Oracle:
 
   def check(self, slots):
     for b, row in enumerate(self.rows):
-      got = {int(p): (slots.k[b, c], slots.v[b, c]) for c, p in enumerate(slots.positions[b]) if p >= 0}
+      got = {int(p): (slots.k[b, :, c], slots.v[b, :, c]) for c, p in enumerate(slots.positions[b]) if p >= 0}
       assert sorted(got) == sorted(row)
       for p in row:
         np.testing.assert_array_equal(got[p][0], row[p][0].astype(np.float32))
@@ -86,15 +86,16 @@ def test_append_and_rollback_match_oracle(is_ring, capacity):
     assert storage.bytes_in_use(slots).tolist() == held
 
 
-@pytest.mark.parametrize('window', [0, 1, 4])
+@pytest.mark.parametrize('window, spare', [(0, 0), (1, 0), (4, 0), (1, 1), (4, 1)])
 @pytest.mark.parametrize('cuts', [[1] * 11, [4, 1, 6], [1, 6, 4]])
-def test_attend_equals_whole_text(window, cuts):
+def test_attend_equals_whole_text(window, spare, cuts):
   B, T, H = 2, 11, 4
   q, k, v = entries(0, B, T, H, D), entries(1, B, T, K, D), entries(2, B, T, K, V)
   with jax.enable_x64(True):
     attend, attend_whole = jit_attend(window)
     want, want_lse = attend_whole(q, k, v)
-    slots = storage.init(B, max(1, window - 1) if window else T, K, D, V, dtype=q.dtype, is_ring=window > 0)
+    capacity = max(1, window - 1 + spare) if window else T
+    slots = storage.init(B, capacity, K, D, V, dtype=q.dtype, is_ring=window > 0, has_spare=spare > 0)
     start = 0
     for n in cuts:
       part = slice(start, start + n)
@@ -136,14 +137,15 @@ def test_overflow_of_a_full_storage_gives_nan_and_loses_nothing():
   assert np.isnan(out[0, 4:]).all() and np.isnan(lse[0, 4:]).all()
   np.testing.assert_array_equal(out[1, 4:], 0)  # padding
   np.testing.assert_array_equal(slots.positions, [[0, 1, 2, 3]] * 2)
-  np.testing.assert_array_equal(slots.k, k[:, :4])
+  np.testing.assert_array_equal(slots.k, k[:, :4].swapaxes(1, 2))
 
 
 @pytest.mark.parametrize('is_ring', [False, True])
-def test_nan_of_padding_and_empty_slots_stays_out(is_ring):
+def test_nan_of_padding_and_of_what_was_rolled_back_stays_out(is_ring):
   k, v = (entries(i, 1, 3, K, D).astype(np.float32) for i in range(2))
   slots = storage.init(1, 5, K, D, is_ring=is_ring)
-  slots = storage.Slots(slots.k + np.nan, slots.v + np.nan, slots.positions, is_ring)
+  slots = jit_append(slots, k + np.nan, v + np.nan, np.arange(3, dtype=np.int32)[None])
+  slots = jit_rollback(slots, np.zeros(1, np.int32))
   bad = np.array([[0, 1, -1]], np.int32)
   k[:, 2], v[:, 2] = np.nan, np.nan
   (out, _), slots = jit_attend(0)[0](k, k, v, slots, bad)
@@ -180,3 +182,24 @@ def test_rollback_rejects_lengths(length):
   slots = storage.init(2, 4, 1, 2)
   with pytest.raises(ValueError, match='length has shape'):
     storage.rollback(slots, length)
+
+
+def test_decoding_does_not_copy_the_cache():
+  """A step in a loop updates the slots in place: the temporary memory is that of a token, not of the cache."""
+  for B, is_ring in ((1, False), (2, False), (1, True), (2, True)):
+    slots = storage.init(B, 256, 12, 64, is_ring=is_ring, has_spare=is_ring)
+
+    def step(i, carry):
+      slots, q = carry
+      out, slots = storage.attend(q, q, q, slots, jnp.full((len(q), 1), i, jnp.int32), is_causal=True)
+      return slots, out
+
+    loop = jax.jit(lambda slots, q: jax.lax.fori_loop(0, 99, step, (slots, q)), donate_argnums=0)
+    compiled = loop.lower(slots, jnp.ones((B, 1, 12, 64))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < slots.k.nbytes / 2, (B, is_ring)
+
+
+def test_peek_rejects_options_by_index():
+  slots, x = storage.init(1, 4, K, D), jnp.ones((1, 2, K, D))
+  with pytest.raises(ValueError, match='bias is not an option of peek'):
+    storage.peek(x, x, x, slots, TWO, bias=jnp.ones((2, 2)))
