@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 
-from models import generate
+from models.generate import Sampling, generate
 from train.config import SEPARATOR
 
 FAR = 4  # bytes back from which on a head is said to look far
@@ -72,18 +72,11 @@ def continuations(config, model, texts, temperature, seed=0):
   """
   T = config.data.seq_len
   # A line end first: in the middle of a file a prompt stands at the start of a line.
-  rows = [np.frombuffer(f'\n{text}'.encode()[: max(1, T - 1)], np.uint8) for text in texts]
-  lengths = np.array([len(row) for row in rows])
-  prompt = np.zeros((len(rows), lengths.max()), np.int32)
-  for i, row in enumerate(rows):
-    prompt[i, : len(row)] = row
-  new = max(1, min(NEW_BYTES, T - int(lengths.max())))
+  rows = [list(f'\n{text}'.encode()[: max(1, T - 1)]) for text in texts]
+  new = max(1, min(NEW_BYTES, T - max(map(len, rows))))
   key = jax.random.key(seed) if temperature else None
-  tokens, ends = generate.generate(
-    model, prompt, new, lengths=lengths, temperature=temperature, key=key, stop_token=SEPARATOR
-  )
-  written = zip(np.asarray(tokens), lengths, np.asarray(ends), strict=True)
-  return [as_text(row[start:end]) for row, start, end in written]
+  got = generate(model, rows, new, sampling=Sampling(temperature), key=key, stop_tokens=[SEPARATOR])
+  return [as_text(tokens) for (tokens,) in got.tokens]
 
 
 def as_text(tokens):
