@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
       config.vocab, config.width, scale=config.input_scale, std=config.width**-0.5, rngs=rngs, **dtypes
     )
     keys = jax.random.split(rngs.params(), config.depth)
-    block = lambda i: lambda key: Block(config.spec(i), config, rngs=nnx.Rngs(params=key))
+    block = lambda i: lambda key: Block(config.spec(i), config, rngs=layers.Keys(key))
     if config.scan:
       self.blocks = nnx.List([nnx.vmap(block(i))(keys[i :: self.pattern]) for i in range(self.pattern)])
     else:

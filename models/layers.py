@@ -44,6 +44,19 @@ def is_partitioned():
   return any(size > 1 for size in jax.sharding.get_abstract_mesh().shape.values())
 
 
+class Keys:
+  """Random keys fold_in(key, 0), fold_in(key, 1), ...: those of nnx.Rngs(params=key), whose counter is a variable and
+  takes most of the time of tracing a deep model."""
+
+  def __init__(self, key):
+    self.key, self.count = key, 0
+
+  def params(self):
+    """The next key."""
+    self.count += 1
+    return jax.random.fold_in(self.key, self.count - 1)
+
+
 class RMSNorm(nnx.Module):
   """y = g x / sqrt(mean(x^2) + eps) over the last axis; the mean is at least float32. Source: arXiv:1910.07467.
 

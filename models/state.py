@@ -1,5 +1,7 @@
 """The parameters of a model as a dictionary from dotted paths to arrays."""
 
+import dataclasses
+
 import jax
 from flax import nnx
 
@@ -14,9 +16,13 @@ def split(model):
 
 def merge(graph, params):
   """The model of a graph, with its parameters."""
-  part = lambda name: int(name) if name.isdigit() else name
-  flat = [(tuple(map(part, path.split('.'))), nnx.Param(array)) for path, array in params.items()]
+  flat = [(_parts(path), nnx.Param(array)) for path, array in params.items()]
   return nnx.merge(graph, nnx.from_flat_state(sorted(flat)))
+
+
+def _parts(path):
+  """The path as nnx has it: ('blocks', 0, 'mixer', 'q', 'kernel')."""
+  return tuple(int(name) if name.isdigit() else name for name in path.split('.'))
 
 
 def graph(config):
@@ -26,4 +32,18 @@ def graph(config):
 
 def abstract_params(config):
   """{path: shape and dtype} of a DecoderConfig's parameters."""
-  return jax.eval_shape(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])
+  # Of the scanned form, which is traced once per layer of the pattern and not once per layer.
+  scanned = dataclasses.replace(config, scan=True)
+  params = jax.eval_shape(lambda: split(Decoder(scanned, rngs=nnx.Rngs(0)))[1])
+  if config.scan:
+    return params
+  found = {}
+  for path, leaf in params.items():
+    first, _, rest = path.partition('.')
+    if first != 'blocks':
+      found[path] = leaf
+      continue
+    block, _, rest = rest.partition('.')
+    for i in range(int(block), config.depth, len(config.layers)):
+      found[f'blocks.{i}.{rest}'] = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+  return dict(sorted(found.items()))

@@ -1,0 +1,71 @@
+"""The forms in which decoders are published: what their config.json means and how their tensors are named.
+
+config = read_config(json.load(file))                      # DecoderConfig
+table = find('LlamaForCausalLM').sources(config)           # {path of our parameter: Source}
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from models.hf.architectures.families import FAMILIES
+from models.hf.architectures.family import normal
+from models.hf.architectures.native import NATIVE
+from models.hf.architectures.record import Architecture, Source, shapes
+from models.hf.architectures.with_images import GEMMA3_WITH_IMAGES
+
+ARCHITECTURES: dict[str, Architecture] = {
+  form.name: form for form in (*(family.architecture() for family in FAMILIES), GEMMA3_WITH_IMAGES, NATIVE)
+}
+
+__all__ = ['ARCHITECTURES', 'Architecture', 'Source', 'config_json', 'find', 'normal', 'of', 'read_config', 'shapes']
+
+
+def find(name: str) -> Architecture:
+  """The architecture of this name; ValueError with the nearest known name, and all of them."""
+  if name in ARCHITECTURES:
+    return ARCHITECTURES[name]
+  near = difflib.get_close_matches(str(name), ARCHITECTURES, 1, 0.0)
+  nearest = f'the nearest is {near[0]!r} of ' if near else ''
+  raise ValueError(f'architecture={name!r} is unknown: {nearest}{", ".join(ARCHITECTURES)}')
+
+
+def of(record: dict[str, Any]) -> Architecture:
+  """The architecture that a config.json names; ValueError if it names none, several or an unknown one."""
+  names = record.get('architectures')
+  if not isinstance(names, list) or len(names) != 1:
+    raise ValueError(f'config.json has architectures={names!r}, expected one of {", ".join(ARCHITECTURES)}')
+  return find(names[0])
+
+
+def read_config(record: dict[str, Any], length: int | None = None):
+  """The DecoderConfig of a config.json; see Architecture.read_config."""
+  if length is not None and length < 1:
+    raise ValueError(f'length={length} must be at least 1')
+  return of(record).read_config(record, length)
+
+
+def config_json(architecture: Architecture, config, settings: dict[str, Any]) -> dict[str, Any]:
+  """The whole config.json: what the config says, and the settings that it does not have.
+
+  Raises:
+    ValueError: as Architecture.write_config; or settings that would change the config, or have both lists of divisors
+      of a longrope of which neither is that of the config.
+  """
+  record = {**settings, **architecture.write_config(config)}
+  scaling = record.get('rope_scaling') or {}
+  lists = settings.get('longrope')
+  if architecture is not NATIVE and lists:
+    del record['longrope']
+    factors = scaling.get('long_factor', lists.get('long_factor'))
+    if factors not in lists.values():
+      raise ValueError(f'settings have longrope={lists!r}, expected rope_factors={factors!r} of the config as one list')
+    if 'long_factor' in scaling:
+      record['rope_scaling'] = {**scaling, **lists}
+  said = [architecture.read_config(record, length) for length in (None, 1)]  # long and short divisors, if there are two
+  meant = architecture.read_config(architecture.write_config(config), None)
+  if meant not in said:
+    fields = [field.name for field in dataclasses.fields(meant)]
+    changed = [name for name in fields if getattr(meant, name) != getattr(said[0], name)]
+    raise ValueError(f'settings change {", ".join(changed)} of the config: {settings!r}')
+  return record
