@@ -129,7 +129,7 @@ def test_next_does_not_vary_if_all_or_one_is_allowed():
 def test_shuffled_draws_without_replacement():
   p = np.array([0.5, 0.0, 0.3, 0.2])
   with np.errstate(divide='ignore'):
-    orders = [tuple(constrained.shuffled(np.log(p), key)) for key in jax.random.split(jax.random.key(0), 4000)]
+    orders = [tuple(constrained.shuffled(np.log(p), key)) for key in jax.random.split(jax.random.key(0), 2000)]
   for order in itertools.permutations([0, 2, 3]):
     a, b, _ = p[list(order)]
     want = a * b / (1 - a)
@@ -205,6 +205,7 @@ def test_automaton_walks_characters_of_tokens():
   assert walk(automaton, [0, 1, 2]) is True and walk(automaton, [6]) is False
   assert walk(automaton, [6, 3, 0, 3]) is True
   assert walk(automaton, [3]) is None and walk(automaton, [0, 3, 3]) is None
+  assert walk(automaton, [7]) is None  # models may have more ids than the tokenizer
   assert walk(automaton, [4]) is None  # an empty piece would never end
   assert walk(automaton, [5]) is None  # allowed by the table, but no accepting state can be reached from there
 
