@@ -44,6 +44,9 @@ def figures(root=ROOT):
   if sparse := _read(root, 'bench_sparse.json'):
     rows += _sparse(sparse)
     places.append(_place('plans (`python -m experiments.bench_sparse`)', sparse))
+  for name, part in _read(root, 'bench_generate.json').items():
+    rows += GENERATE_PARTS[name](part)
+    places.append(_place('generation (`python -m experiments.bench_generate`)', part))
   for name, command in (('quickstart', '`make train`'), ('quickstart_long', 'a longer run')):
     if run := _read(root, f'{name}.json'):
       rows.append(_run_row(command, run))
@@ -87,6 +90,26 @@ def _import(part):
 
 
 PARTS = {'attention': _attention, 'loop': _loop, 'step': _step, 'import': _import}
+
+
+def _decode(part):
+  shape = part['shape'].split(', ', 1)[1]
+  label = lambda row: f"greedy decoding, {shape}, B = {row['B']}: speed over transformers'"
+  figure = lambda row: f'{row["ratio"]:.2f}, {row["second_tokens_per_second"]:.0f} tokens/s'
+  return [(label(row), figure(row), f'{row["at_least"]}') for row in part['times']]
+
+
+def _checkpoint(part):
+  size = f'{part["bytes"] / 1e9:.1f} GB'
+  where = {'cold': 'from the disk', 'warm': "from the system's cache"}
+  label = lambda row: f'loading a checkpoint of {size} {where[row["cache"]]}: speed over a plain read'
+  figure = lambda row: f'{row["ratio"]:.2f}, {part["bytes"] / row["second_s"] / 1e9:.2f} GB/s'
+  rows = [(label(row), figure(row), f'{row["at_least"] or ""}') for row in part['times']]
+  most = f'{part["memory"]["peak_bytes"] / 1e9:.2f} GB'
+  return [*rows, (f'memory of a process that loads a checkpoint of {size}', most, '')]
+
+
+GENERATE_PARTS = {'decode': _decode, 'import': _checkpoint}
 
 
 def _run_row(command, run):
