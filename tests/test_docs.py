@@ -4,6 +4,7 @@ A command is a line of a bash block that begins with `python -m` or `make`. A ne
 docs/adding_a_method.md is executed by its own test in tests/contracts.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -24,6 +25,10 @@ TINY_RUN = [
   '--config.data.seq_len=64', '--config.optimizer.warmup_steps=0', '--config.eval.bytes=256',
   '--config.eval.stride=0', '--config.log.tensorboard=false',
 ]  # fmt: skip
+RUN_AS_THEY_ARE = (
+  'attn', 'train.main', 'train.export', 'models.generate', 'experiments.report', 'experiments.store_result',
+  'experiments.perplexity',
+)  # fmt: skip
 LONGEST = 300  # seconds for a command on a busy machine; they take some 10
 
 
@@ -59,7 +64,7 @@ def small(command, folder):
   """The command as arguments that write below `folder` and take seconds."""
   words = shlex.split(command)[2:]
   module, words = words[0], words[1:]
-  words = [re.sub(r'^--(workdir|out)=', rf'--\1={folder}/', word) for word in words]
+  words = [re.sub(r'^--(workdir|out|model|input|output)=', rf'--\1={folder}/', word) for word in words]
   if module == 'train.main' and '--help' not in words:
     steps = [int(word.split('=')[1]) // 100 for word in words if word.startswith('--config.train.steps=')]
     words += [*TINY_RUN, f'--config.train.steps={max([2, *steps])}']
@@ -77,7 +82,7 @@ def small(command, folder):
     words += ['--collect-only', '-p', 'no:cacheprovider', 'tests/test_packaging.py']
   elif module in ('ruff', 'mypy'):  # .ci/run runs them; here only that they are there
     words = ['--version']
-  elif module not in ('attn', 'train.main', 'experiments.report', 'experiments.store_result'):
+  elif module not in RUN_AS_THEY_ARE:
     raise AssertionError(f'{command}: no rule of tests/test_docs.py runs this command; add one')
   return [sys.executable, '-m', module, *words]
 
@@ -98,14 +103,30 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp('docs')
 
 
+def make_files(command, folder):
+  """Makes the model and the prompts that a command reads: by the command or the Python block that shows how."""
+  for path in re.findall(r'--(?:model|input)=(\S+)', command):
+    if not (folder / path).exists():
+      if makes := [line for line in commands() if f'--out={path}' in line.split()]:
+        run(makes[0], folder)
+        continue
+      found = [block for document in DOCUMENTS for block in blocks(document, 'python') if f"'{path}'" in block]
+      assert found, f'{command}: no document shows how {path} is made'
+      with contextlib.chdir(folder):
+        exec(compile(found[0], path, 'exec'), {})
+
+
 def run(command, folder):
-  """Runs a command, and before it the one that trains the run it needs."""
+  """Runs a command, and before it those that train the run and make the files it needs."""
+  make_files(command, folder)
   if '--workdir=' in command:
     trains = [line for line in [*commands(), *made_by('make train')] if 'train.main' in line and '--workdir' in line]
     first = next((line for line in trains if workdir_of(line) == workdir_of(command)), None)
     assert first, f'{command}: no document shows how {workdir_of(command)} is trained'
     if first != command and not (folder / workdir_of(command)).exists():
       run(first, folder)
+  if 'train.export' in command:  # which writes into a new folder, once
+    shutil.rmtree(folder / re.search(r'--out=(\S+)', command)[1], ignore_errors=True)
   done = subprocess.run(
     small(command, folder), cwd=ROOT, capture_output=True, text=True, check=False, timeout=LONGEST, env=os.environ
   )
@@ -130,7 +151,7 @@ def test_target(target, folder):
 def test_python_blocks(path, folder, monkeypatch):
   found = blocks(path, 'python')
   assert found
-  if "'runs/" in ''.join(found) and not (folder / 'runs/first').exists():
+  if "'runs/first" in ''.join(found) and not (folder / 'runs/first').exists():
     run(next(line for line in commands() if '--workdir=runs/first ' in line), folder)
   monkeypatch.chdir(folder)
   names = {'__name__': path.name}  # a block may use what an earlier one made

@@ -1,0 +1,68 @@
+"""Writes the model of a training run as a checkpoint that models.hf loads and `python -m models.generate` runs.
+
+  python -m train.export --workdir=runs/quickstart --out=runs/quickstart/model
+  python -m train.export --workdir=runs/quickstart --out=runs/llama --architecture=LlamaForCausalLM --step=500
+
+Without --architecture it is the native form, which holds any model of this project. Exit status: 0 done; 2 the run, the
+folder or the architecture does not fit.
+"""
+
+import argparse
+import os
+import sys
+
+from absl import logging
+
+from models import hf
+from models.hf.tokenizers import SEPARATOR
+from train import checkpoint, workdir as workdirs
+from train.config import UserError
+
+
+def export(workdir, out, *, architecture=None, step=None):
+  """Saves the parameters of a run's checkpoint, its DecoderConfig, and its tokenizer, which is bytes.
+
+  Args:
+    workdir: of the run.
+    out: a new or empty folder.
+    architecture: of published checkpoints, 'LlamaForCausalLM' and the like; None means the native form.
+    step: of the checkpoint; None means the newest.
+
+  Returns:
+    The step.
+
+  Raises:
+    UserError: no run or checkpoint there, or `out` holds files.
+    ValueError: the architecture is unknown, or cannot express the model; nothing is written then.
+  """
+  out = workdirs.expand(out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f'out {out}: expected a new or empty folder; nothing was changed')
+  config, model, step = checkpoint.load_model(workdir, step)
+  settings = {'bos_token_id': SEPARATOR, 'eos_token_id': SEPARATOR}
+  hf.save(out, model, config.model, architecture=architecture, settings=settings, tokenizer='bytes')
+  return step
+
+
+def main(argv=None):
+  """Runs the command; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog='python -m train.export', description='Write the model of a training run as a checkpoint.', allow_abbrev=False
+  )
+  parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of the run')
+  parser.add_argument('--out', required=True, metavar='DIR', help='new or empty folder to write')
+  parser.add_argument('--architecture', metavar='NAME', help='as LlamaForCausalLM; without it, the native form')
+  parser.add_argument('--step', type=int, help='of the checkpoint; without it, the newest')
+  args = parser.parse_args(argv)
+  logging.set_verbosity(logging.ERROR)
+  try:
+    step = export(args.workdir, args.out, architecture=args.architecture, step=args.step)
+  except (ValueError, OSError) as error:
+    print(f'python -m train.export: {error}', file=sys.stderr)
+    return 2
+  print(f'{os.path.relpath(args.out)}: the model after {step} steps')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
