@@ -158,6 +158,12 @@ def test_ctrl_c_and_going_on(whole, run, tmp_path, monkeypatch, capsys):
   assert run(*options) == 0
   assert run(*options, '--temperature=0.8') == 2
   assert 'temperature was 0.7 and is 0.8' in capsys.readouterr().err
+  changed = tmp_path / 'in.jsonl'
+  changed.write_bytes(pathlib.Path(whole[0]).read_bytes().replace(b'def', b'dif'))
+  assert run(f'--input={changed}', *options[1:]) == 2
+  assert 'was begun otherwise: input was ' in capsys.readouterr().err
+  assert run(*options, f'--model={tiny.folder(tmp_path / "other", seed=1)}') == 2
+  assert 'was begun otherwise: model was ' in capsys.readouterr().err
   assert (tmp_path / 'out.jsonl').read_bytes() == whole[1].read_bytes()
 
 
