@@ -10,7 +10,7 @@ import jax
 
 from train.machine import cpu_name
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch')
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers')
 
 
 def facts():

@@ -186,7 +186,7 @@ def _pieces(task, is_watched):
       seen[r, task.prompts[r // task.samples]] = True
   with placing.current(mesh):
     state = _begin(State(cache, last, position, np.zeros(R, np.int32), position < 0, seen))
-    keys = None if task.key is None else _row_keys(task.key, R, task.samples)
+    keys = None if task.key is None else samplings.row_keys(task.key, R, task.samples)
   del cache  # the state holds it, and gives it away at every call
   rows = [_Row(task, r) for r in range(live)]
   limit = 1 if is_watched else BLOCK
@@ -238,13 +238,6 @@ class _Row:
 def _begin(state):
   rows = dataclasses.replace(state, cache=None)
   return dataclasses.replace(placing.by_rows(rows), cache=placing.by_heads(state.cache))
-
-
-@functools.partial(jax.jit, static_argnames=('rows', 'samples'))
-def _row_keys(key, rows, samples):
-  """Random keys [R]: of row r by prompt r // samples and sample r % samples."""
-  of_row = lambda r: jax.random.fold_in(jax.random.fold_in(key, r // samples), r % samples)
-  return jax.vmap(of_row)(jnp.arange(rows))
 
 
 @functools.partial(jax.jit, static_argnames='graph', donate_argnames='state')

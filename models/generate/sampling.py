@@ -1,6 +1,7 @@
 """What the next token is drawn from: a Sampling turns logits into log-probabilities, `draw` takes a token."""
 
 import dataclasses
+import functools
 import math
 import numbers
 
@@ -162,3 +163,10 @@ def kept(logits, top_k=0, top_p=1.0, min_p=0.0):
   is_above, is_equal = logits > last, logits == last
   of_equals = n - jnp.sum(is_above, axis=-1, keepdims=True)
   return is_above | (is_equal & (jnp.cumsum(is_equal, axis=-1) <= of_equals))
+
+
+@functools.partial(jax.jit, static_argnames=('rows', 'samples'))
+def row_keys(key, rows, samples):
+  """Random keys [R]: of row r by prompt r // samples and sample r % samples."""
+  of_row = lambda r: jax.random.fold_in(jax.random.fold_in(key, r // samples), r % samples)
+  return jax.vmap(of_row)(jnp.arange(rows))

@@ -1,16 +1,14 @@
 """Speculative generation: checks, prompts, and the host's loop over rounds."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from models.generate import Generated, Sampling, placing
 from models.generate.prefill import Opened, open_model, padded_stops, prefill, read_prompts, whole
-from models.generate.sampling import GREEDY
+from models.generate.sampling import GREEDY, checked_key, row_keys
 from models.speculative import loop
 from models.speculative.tree import Tree
 
@@ -118,27 +116,10 @@ def _task(target, draft, prompts, widths, sampling, key, stop_tokens, *, max_new
     prompts=read_prompts(prompts, None, vocab),
     max_new_tokens=whole('max_new_tokens', max_new_tokens, 1),
     sampling=sampling,
-    key=None if sampling.is_greedy else _checked_key(key, sampling),
+    key=checked_key(key, sampling),
     stop_tokens=padded_stops(stop_tokens, vocab),
     prefill_chunk=whole('prefill_chunk', prefill_chunk, 1),
   )
-
-
-def _checked_key(key, sampling):
-  """A typed random key; the numbers of other generators than threefry would depend on the batch."""
-  if key is None:
-    raise ValueError(f'temperature={sampling.temperature} needs a random key, got key=None')
-  if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-    key = jax.random.wrap_key_data(jnp.asarray(key))
-  if key.shape or str(jax.random.key_impl(key)) != 'threefry2x32':
-    raise ValueError(f'key is {key.dtype} {key.shape}, expected one key of jax.random.key(seed), threefry2x32')
-  return key
-
-
-@functools.partial(jax.jit, static_argnames='rows')
-def _row_keys(key, rows):
-  """Random keys [R], of row r by r."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def _collected(task):
@@ -185,7 +166,7 @@ def _rounds(task):
   graphs, params = (target.graph, draft.graph), (target.params, draft.params)
   with placing.current(target.mesh):
     state = loop.begin(loop.State(cache, draft_cache, last, fill(-1), position, left, fill(0), seen))
-    keys = None if task.key is None else _row_keys(task.key, R)
+    keys = None if task.key is None else row_keys(task.key, R, 1)
     del cache, draft_cache  # the state holds them, and gives them away at every round
     while left.any():
       state, outcome = loop.advance(graphs, params, task.tree, state, task.sampling, proposal, keys, task.stop_tokens)
