@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from models import hf, state
+from models.generate import generate
 from models.hf import architectures
 
 CASES = pathlib.Path(__file__).parent / 'cases'
@@ -24,6 +25,8 @@ SCANNED = ('llama2', 'gpt_oss_mxfp4', 'gemma2', 'phi3_long')  # models whose pat
 CHUNK = 8
 # Other rotary frequencies and weights are no other way through the cache.
 LONG = ('llama3', 'llama_linear', 'llama_tied', 'llama_yarn', 'phi3_short', 'gpt_oss_mxfp4', 'gemma3_images')
+
+GENERATED = ('gemma3', 'gpt_oss', 'qwen2')  # one pass through the loop of models.generate is enough for `make test`
 
 
 def value(name, shape):
@@ -123,6 +126,15 @@ def test_greedy_choices(name):
   out = forward(load(name), tokens, np.maximum(positions, -1))
   best = np.asarray(out).argmax(axis=-1)[:, P - 1 : P - 1 + new]
   np.testing.assert_array_equal(best, arrays['continuation'])
+
+
+@pytest.mark.parametrize('name', [pytest.param(x, marks=[pytest.mark.long] * (x not in GENERATED)) for x in NAMES])
+def test_generation(name):
+  """models.generate writes the stored continuation of ragged prompts."""
+  arrays = stored(name)[-1]
+  prompts = [row[len(row) - n :].tolist() for row, n in zip(arrays['prompts'], arrays['lengths'])]
+  got = generate(load(name), prompts, arrays['continuation'].shape[1])
+  assert [row[0] for row in got.tokens] == arrays['continuation'].tolist()
 
 
 @pytest.mark.parametrize('name', [pytest.param(x, marks=[pytest.mark.long] * (x in SCANNED[2:])) for x in SCANNED])
