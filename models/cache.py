@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-NEVER = 2**30  # a position no text reaches: a row that lost entries stays lost
+NEVER = 2**30  # a position no text reaches
+LOST = 2 * NEVER - 1  # the reach of a row that lost entries, for good
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +97,8 @@ class ModelCache:
       positions: [B, r] int, distinct within a row; negative ones are not stored.
 
     Returns:
-      ModelCache, as if these tokens alone had come. Overflow is not seen here: a later `extend` gives NaN.
+      ModelCache, as if these tokens alone had come. Rows with a position beyond the capacity of a layer that keeps
+      everything give NaN from then on.
     """
     index, positions = jnp.asarray(index), jnp.asarray(positions, jnp.int32)
     if index.shape != positions.shape or index.ndim != 2 or len(index) != len(self.length):
@@ -108,7 +110,17 @@ class ModelCache:
 
     store = jax.vmap(store) if self.is_scanned else store
     layers = [store(state, entries) for state, entries in zip(self.layers, pending.layers)]
-    return self.advance(layers, positions)[0]
+    cache, _ = self.advance(layers, positions)
+    if all(getattr(state, 'is_ring', False) for state in self.layers):
+      return cache
+    is_over = jnp.any(positions >= self.capacity, axis=1)
+    return dataclasses.replace(cache, reach=jnp.where(is_over, LOST, cache.reach))
+
+  def can_see(self, positions):
+    """[B] bool: whether rows hold all that tokens at `positions` [B, n] may see, as far as rings have not lost it."""
+    first = jnp.min(jnp.where(positions >= 0, positions, NEVER), axis=1)
+    is_whole = self.reach != LOST
+    return is_whole & (first >= self.reach - self.slack) if self.is_local else is_whole
 
   def advance(self, layers, positions):
     """The cache after tokens at `positions` [B, n] went through the layers, and which rows can be trusted.
@@ -116,8 +128,7 @@ class ModelCache:
     Returns:
       (ModelCache, [B] bool: False where a ring had already lost entries that these tokens should have seen)
     """
-    first = jnp.min(jnp.where(positions >= 0, positions, NEVER), axis=1)
     length = jnp.maximum(self.length, jnp.max(positions, axis=1) + 1).astype(jnp.int32)
-    good = jnp.ones_like(first, bool) if not self.is_local else first >= self.reach - self.slack
-    reach = jnp.where(good, jnp.maximum(self.reach, length), 2 * NEVER - 1)
+    good = self.can_see(positions)
+    reach = jnp.where(good, jnp.maximum(self.reach, length), LOST)
     return dataclasses.replace(self, layers=layers, length=length, reach=reach), good

@@ -179,7 +179,8 @@ class Decoder(nnx.Module):
       pending: what an earlier look on the same cache gave, of m tokens.
 
     Returns:
-      (hidden [B, n, E], Pending of m + n tokens).
+      (hidden [B, n, E], Pending of m + n tokens). NaN in rows that were rolled back by more than the slack, or that
+      have accepted tokens beyond the capacity.
 
     Raises:
       ValueError: shapes that do not fit.
@@ -199,7 +200,8 @@ class Decoder(nnx.Module):
     pair = lambda state: state if pending is not None else (state, None)
     look = lambda block, x, state: block.look(x, *pair(state), everything, mask)
     x, entries = self._layers(self.embed(tokens), states, look)
-    return self.norm(x), Pending(entries, everything)
+    is_good = cache.can_see(positions)
+    return jnp.where(is_good[:, None, None], self.norm(x), jnp.nan), Pending(entries, everything)
 
   def layer(self, i):
     """The Block of layer i = 0 .. depth - 1, also of a scanned decoder (then a copy)."""

@@ -30,6 +30,36 @@ def graph(config):
   return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
 
 
+def unscanned(model, config):
+  """A model of scanned layers with its layers apart, as generation wants it: scanned layers copy caches at every token.
+
+  Args:
+    model: Decoder of `config`.
+    config: DecoderConfig.
+
+  Returns:
+    (Decoder, DecoderConfig with scan=False). Parameters of stacked layers are copied; an unscanned model is returned.
+  """
+  if not config.scan:
+    return model, config
+  config = dataclasses.replace(config, scan=False)
+  params = {}
+  for path, array in split(model)[1].items():
+    for i, name in _layers(path, config):
+      params[name] = array if i is None else array[i]
+  return merge(graph(config), params), config
+
+
+def _layers(path, config):
+  """[(index in a stack, or None; path in the unscanned model)] of a parameter of the scanned one."""
+  first, _, rest = path.partition('.')
+  if first != 'blocks':
+    return [(None, path)]
+  block, _, rest = rest.partition('.')
+  places = range(int(block), config.depth, len(config.layers))
+  return [(i, f'blocks.{place}.{rest}') for i, place in enumerate(places)]
+
+
 def abstract_params(config):
   """{path: shape and dtype} of a DecoderConfig's parameters."""
   # Of the scanned form, which is traced once per layer of the pattern and not once per layer.
@@ -39,11 +69,6 @@ def abstract_params(config):
     return params
   found = {}
   for path, leaf in params.items():
-    first, _, rest = path.partition('.')
-    if first != 'blocks':
-      found[path] = leaf
-      continue
-    block, _, rest = rest.partition('.')
-    for i in range(int(block), config.depth, len(config.layers)):
-      found[f'blocks.{i}.{rest}'] = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    for i, name in _layers(path, config):
+      found[name] = leaf if i is None else jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
   return dict(sorted(found.items()))

@@ -19,7 +19,6 @@ from attn import masks, softmax
 # Options of softmax.attend that mean the same for a part of the keys as for all.
 BY_POSITION = {'mask', 'is_causal', 'scale', 'soft_cap', 'score', 'sinks', 'precision', 'implementation'}
 BY_POSITION |= {'return_residual'}
-FEW = 16  # queries, up to which reading a ring in two parts beats copying it
 
 
 @jax.tree_util.register_dataclass
@@ -190,15 +189,13 @@ def attend(q, k, v, slots, positions, **options):
     return jax.tree.map(lambda x: jnp.where(lost.reshape(lost.shape + (1,) * (x.ndim - 2)), jnp.nan, x), got), stored
   slots = dataclasses.replace(slots, positions=_without(slots.positions, positions))
   k, v = k.astype(slots.k.dtype).astype(q.dtype), v.astype(slots.v.dtype).astype(q.dtype)
-  if k.shape[1] <= FEW and options.keys() <= BY_POSITION:
-    return _in_parts(q, k, v, slots, positions, None, **options), stored
   k, v = (jnp.concatenate([old, new], axis=1) for old, new in zip(_entries(slots, q.dtype), (k, v)))
   options = dict(options, positions=positions, kv_positions=jnp.concatenate([slots.positions, positions], axis=1))
   return softmax.attend(q, k, v, **options), stored
 
 
 def peek(q, k, v, slots, positions, *, among=None, **options):
-  """Attention over stored entries and new ones, of which none is stored, as a merge of two parts.
+  """Attention over stored entries and new ones, of which none is stored: two parts, merged, and neither is copied.
 
   Args:
     q: [B, n, H, D] queries.
@@ -220,11 +217,7 @@ def peek(q, k, v, slots, positions, *, among=None, **options):
   check(slots, k, v, positions)
   if unknown := options.keys() - BY_POSITION:
     raise ValueError(f'{min(unknown)} is not an option of peek, expected one of {", ".join(sorted(BY_POSITION))}')
-  return _in_parts(q, k, v, slots, positions, among, **options)
-
-
-def _in_parts(q, k, v, slots, positions, among, *, mask=None, sinks=None, return_residual=False, **options):
-  """Stored and new entries apart, so that the stored ones are not copied to stand beside the new; see `peek`."""
+  mask, sinks, return_residual = (options.pop(name, None) for name in ('mask', 'sinks', 'return_residual'))
   options = dict(options, positions=positions[:, k.shape[1] - q.shape[1] :], return_residual=True)
   here = masks.everything() if mask is None else mask
   both = here if among is None else here & masks.array(jnp.asarray(among))

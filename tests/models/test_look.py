@@ -109,3 +109,19 @@ def test_accept_rejects():
   _, pending = model.look(np.ones((2, 3), int), np.tile(np.arange(3, dtype=np.int32), (2, 1)), cache)
   with pytest.raises(ValueError, match=r'index has shape \(2, 2\) and positions \(2, 3\)'):
     cache.accept(pending, np.zeros((2, 2), int), np.zeros((2, 3), np.int32))
+
+
+def test_rows_that_lost_entries_give_nan():
+  """As with `extend`: rolled back twice beyond the slack, or a token accepted beyond the capacity."""
+  model, tokens = small.model(layers=small.HYBRID), small.tokens(length=10)
+  _, cache = small.extend(model, tokens, None, model.init_cache(2, small.T, slack=2))
+  cache = cache.rollback(2).rollback(2)
+  positions = np.array([[6], [-1]], np.int32)
+  got, _ = look(model, tokens[:, :1], positions, cache, None, None)
+  assert np.isnan(got[0]).all() and np.isfinite(got[1]).all()
+
+  cache = model.init_cache(2, 8)
+  _, pending = look(model, tokens[:, :2], np.array([[7, 8], [6, 7]], np.int32), cache, None, None)
+  cache = cache.accept(pending, np.array([[0, 1], [0, 1]]), np.array([[7, 8], [6, 7]], np.int32))
+  got, _ = look(model, tokens[:, :2], np.array([[9, 10], [8, 9]], np.int32), cache, None, None)
+  assert np.isnan(got[0]).all() and np.isfinite(got[1]).all()
