@@ -241,7 +241,8 @@ def _yarn_keep(yarn: YaRN, f, base, rotary_width):
   if yarn.truncate:
     low, high = math.floor(low), math.ceil(high)
   low, high = max(low, 0), min(high, rotary_width - 1)  # rotary_width, not half of it: as in the published code
-  if low >= high:  # a ramp of no length becomes a step, as in the published code
+  # A ramp of no length becomes a step, as in the published code; that code turns the ramp around where low > high.
+  if low >= high:
     high = low + 0.001
   return 1 - np.clip((np.arange(rotary_width // 2) - low) / (high - low), 0, 1)
 

@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 
 import jax
@@ -224,7 +225,10 @@ def measure(arguments):
   options = {'length': arguments.length, 'stride': arguments.stride, 'batch': arguments.batch}
   total = sum(max(len(tokens) - 1, 0) for tokens in documents)
   with tqdm(total=total, desc='scoring', unit=' tokens', unit_scale=True, disable=None, leave=False) as bar:
-    losses = score(loaded.model, documents, **options, on_tokens=bar.update)
+    try:
+      losses = score(loaded.model, documents, **options, on_tokens=bar.update)
+    except FloatingPointError as error:
+      raise UserError(re.sub(r'documents\[(\d+)\]', lambda match: names[int(match[1])], str(error))) from error
   seen = [contexts(len(tokens), arguments.length, arguments.stride) for tokens in documents]
   files = [
     {'file': name, 'tokens': len(part), 'bytes': size, 'nats_per_token': float(part.mean()) if len(part) else None}
@@ -251,7 +255,7 @@ def main(argv=None):
     parser.error(f'--max_tokens={arguments.max_tokens} must be 0 or more')
   try:
     result = measure(arguments)
-  except (UserError, ValueError, ImportError) as error:
+  except (UserError, ValueError, ImportError, OSError) as error:
     print(f'perplexity: {error}', file=sys.stderr)
     return 2
   print(f'{result["tokens"]:,} tokens of {len(result["files"])} files: {result["nats_per_token"]:.4f} nats per token, '

@@ -4,6 +4,7 @@ Mesh axes are `data` (copies), `fsdp` (parameters and rows cut), `context` (rows
 (heads and the inside of MLPs cut). A mesh may lack any of them.
 """
 
+import math
 import re
 
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -53,11 +54,24 @@ def _spec(path, shape, mesh, rules):
   pattern, spec = found
   if len(spec) > len(shape):
     raise ValueError(f'parameter {path!r} {shape}: rule {pattern!r} places {len(spec)} axes, more than there are')
-  spec = P(*[None] * (len(shape) - len(spec)), *(axis if axis in mesh.shape else None for axis in spec))
+  spec = P(*[None] * (len(shape) - len(spec)), *(_present(axes, mesh) for axes in spec))
   for i, axis in enumerate(spec):
-    if axis is not None and shape[i] % mesh.shape[axis]:
+    if axis is not None and shape[i] % parts(axis, mesh):
       raise ValueError(
-        f'mesh.{axis}={mesh.shape[axis]}: expected a divisor of axis {i} of parameter {path!r} {shape}'
+        f'mesh.{axis}={parts(axis, mesh)}: expected a divisor of axis {i} of parameter {path!r} {shape}'
         + (' (model.vocab may be larger than the tokenizer needs)' if path in ('embed.table', 'head.kernel') else '')
       )
   return spec
+
+
+def parts(axes, mesh):
+  """How many parts a mesh axis, or a tuple of them, or None, cuts an axis of an array into."""
+  names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def _present(axes, mesh):
+  """The mesh axes of one axis of an array, without those that the mesh lacks."""
+  if not isinstance(axes, tuple):
+    return axes if axes in mesh.shape else None
+  return tuple(axis for axis in axes if axis in mesh.shape) or None

@@ -111,4 +111,9 @@ def read_config(workdir):
   """The Config of the run in a workdir."""
   if not (workdir / workdirs.CONFIG).exists():
     raise UserError(f'workdir {workdir}: expected a run, found no {workdirs.CONFIG}')
-  return configs.from_dict(configs.Config, workdirs.read_json(workdir / workdirs.CONFIG)['config'])
+  found = workdirs.read_json(workdir / workdirs.CONFIG)
+  if not isinstance(found, dict) or not isinstance(found.get('config'), dict):
+    is_model = isinstance(found, dict) and 'architectures' in found
+    what = 'it is a checkpoint, not a run' if is_model else f'its {workdirs.CONFIG} is of something else'
+    raise UserError(f'workdir {workdir}: expected a run; {what}')
+  return configs.from_dict(configs.Config, found['config'])

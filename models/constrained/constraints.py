@@ -54,7 +54,7 @@ class Automaton:
     return self._start
 
   def advance(self, state, token):
-    piece = self._pieces[token] if token < len(self._pieces) else ''
+    piece = (self._pieces[token] if token < len(self._pieces) else '') or ''
     for character in piece:
       state = self._step.get(state, {}).get(character)
       if state is None:

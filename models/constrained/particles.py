@@ -11,8 +11,8 @@ from flax import nnx
 
 from models.constrained import rejection
 from models.generate import placing
-from models.generate.prefill import open_model, prefill, read_prompts, whole
-from models.generate.sampling import Sampling, adjusted
+from models.generate.prefill import open_model, padded_stops, prefill, read_prompts, whole
+from models.generate.sampling import Sampling, adjusted, checked_key
 
 PLAIN = Sampling(temperature=1.0)
 
@@ -99,8 +99,8 @@ def generate(
   opened = open_model(model)
   (prompt,) = read_prompts([prompt], None, opened.vocab)
   P, new = whole('particles', particles, 1), whole('max_new_tokens', max_new_tokens, 1)
-  stops = frozenset(whole('stop_tokens: token', token, 0, opened.vocab - 1) for token in stop_tokens)
-  _check(sampling, key, resample_threshold, opened.vocab)
+  stops = frozenset(padded_stops(stop_tokens, opened.vocab).tolist()) - {-1}
+  key = _check(sampling, key, resample_threshold, opened.vocab)
   rejection.check_estimator(estimator, max_evaluations)
   cache, last, position = prefill(opened, [prompt], new, whole('prefill_chunk', prefill_chunk, 1), P)
   rows, idle = None, len(last) - P  # idle rows make a mesh divide them
@@ -249,11 +249,12 @@ def _take(cache, rows):
 
 
 def _check(sampling, key, resample_threshold, vocab):
-  """The input rules of `generate` that are its own."""
+  """The input rules of `generate` that are its own; the key, typed."""
+  if not isinstance(sampling, Sampling):
+    raise ValueError(f'sampling={sampling!r} must be a Sampling')
   sampling.check(vocab)
   if sampling.is_greedy:
     raise ValueError('sampling has temperature=0, which leaves one token to a constraint: expected one above 0')
   if not 0 <= resample_threshold <= 1:
     raise ValueError(f'resample_threshold={resample_threshold!r} must lie in 0 .. 1')
-  if key is None:
-    raise ValueError('key=None: sampling needs a random key')
+  return checked_key(key, sampling)

@@ -11,13 +11,16 @@
 A line of --input is {"prompt": "..."} or {"tokens": [1, 2, 3]}, with an "id" and other entries if you like; they are
 kept in the output. Ctrl-C, a crash or a kill loses little: the same command goes on where it was.
 
-Exit status: 0 done; 1 the model gives NaN; 2 an argument, a file or the model does not fit; 130 stopped by Ctrl-C.
+Exit status: 0 done; 1 the model gives NaN; 2 an argument, a file or the model does not fit, or the memory is too small;
+130 stopped by Ctrl-C.
 """
 
 import argparse
+import contextlib
 import inspect
 import os
 import pathlib
+import signal
 import sys
 from typing import Any, NamedTuple
 
@@ -57,6 +60,13 @@ def main(argv=None):
     return _fail(error, 2)
   except FloatingPointError as error:
     return _fail(error, 1)
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith('RESOURCE_EXHAUSTED'):
+      raise
+    told = str(error).strip().split('\n')[0]
+    sizes = {name: getattr(args, name) for name in ('max_new_tokens', 'samples', *(['batch'] if args.input else []))}
+    options = ', '.join(f'--{name}={value}' for name, value in sizes.items())
+    return _fail(f'the model and its texts do not fit into memory with {options} ({told})', 2)
   except KeyboardInterrupt:
     return _fail('stopped' + ('; the same command goes on' if args.input else ''), 130)
 
@@ -86,7 +96,7 @@ def parse(argv=None):
   add('--top_p', type=float, default=1.0, metavar='P', help='draw from the most likely tokens that sum to P')
   add('--min_p', type=float, default=0.0, metavar='P', help='draw from tokens of P times the highest probability')
   add('--repetition_penalty', type=float, default=1.0, metavar='X', help='above 1: tokens of the text count less')
-  add('--seed', type=int, default=0, help='of drawing, 0 by default')
+  add('--seed', type=_whole(0, 2**32 - 1), default=0, help='of drawing, 0 by default')
   add('--samples', type=_whole(1), default=1, metavar='N', help='texts per prompt')
   add('--beams', type=_whole(0), default=0, metavar='N', help='beam search with N beams; the best text is written')
   add('--draft', metavar='DIR', help='smaller model that drafts for --model (speculative decoding)')
@@ -109,10 +119,11 @@ def parse(argv=None):
   return args
 
 
-def _whole(least):
+def _whole(least, most=None):
   def integer(text):
-    if int(text) < least:
-      raise argparse.ArgumentTypeError(f'{text} must be {least} or more')
+    if int(text) < least or (most is not None and int(text) > most):
+      wanted = f'{least} or more' if most is None else f'in {least} .. {most}'
+      raise argparse.ArgumentTypeError(f'{text} must be {wanted}')
     return int(text)
 
   return integer
@@ -146,6 +157,26 @@ def check(args):
     if name in args.given and needed not in args.given:
       raise ValueError(f'--{name} needs --{needed}')
   check_stop_strings(args.stop)
+  for name in ('prompt', 'stop'):
+    for text in getattr(args, name) or ():
+      _check_text(f'--{name}={text!r}', text)
+
+
+def _check_text(name, text):
+  """ValueError if a text came in bytes that are not UTF-8, which Python keeps as surrogates."""
+  try:
+    text.encode()
+  except UnicodeError:
+    raise ValueError(f'{name} is not UTF-8') from None
+
+
+def _read_stdin():
+  try:
+    text = sys.stdin.read()
+  except UnicodeError:
+    raise ValueError('--prompt=-: stdin is not UTF-8') from None
+  _check_text('--prompt=-: stdin', text)
+  return text
 
 
 def look(args):
@@ -259,7 +290,7 @@ def mesh(data, tensor):
 def to_terminal(args):
   """Continues the prompts of the command line on stdout; figures go to stderr. Returns the exit status."""
   checkpoint = look(args)
-  texts = [sys.stdin.read() if text == '-' else text for text in args.prompt]
+  texts = [_read_stdin() if text == '-' else text for text in args.prompt]
   prompts = [checkpoint.tokenizer.encode(text) for text in texts]
   for text, prompt in zip(texts, prompts):
     if not prompt:
@@ -305,10 +336,10 @@ def _print_log_probs(headings, values, tokenizer):
 def to_file(args):
   """Continues the prompts of --input into --output. Returns the exit status."""
   checkpoint = look(args)
-  prompts = files.read(args.input, checkpoint.tokenizer, checkpoint.vocab, checkpoint.room)
+  prompts, input_hash = files.read(args.input, checkpoint.tokenizer, checkpoint.vocab, checkpoint.room)
   unimportant = {'given', 'prompt', 'input', 'output', 'model', 'draft'}
   settings = {name: value for name, value in vars(args).items() if name not in unimportant}
-  settings |= {'input': files.hash_of(args.input), 'model': files.fingerprint(args.model)}
+  settings |= {'input': input_hash, 'model': files.fingerprint(args.model)}
   settings |= {'draft': files.fingerprint(args.draft) if args.draft else ''}
   with files.Output(args.output, prompts, args.samples, settings) as output:
     if output.done < len(prompts):
@@ -320,10 +351,43 @@ def to_file(args):
   return 0
 
 
+def program():
+  """`main` as a program of its own: whenever Ctrl-C comes, a line and status 130. A second one does not wait."""
+
+  def end(*_):
+    os.write(2, f'{NAME}: stopped\n'.encode())
+    os._exit(130)
+
+  def interrupt(*_):
+    signal.signal(signal.SIGINT, end)
+    raise KeyboardInterrupt
+
+  def lost(unraisable):
+    # Raised where Python passes over errors, as in the callbacks that jax has in the garbage collection.
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+      end()
+    sys.__unraisablehook__(unraisable)
+
+  try:
+    sys.unraisablehook = lost
+    signal.signal(signal.SIGINT, interrupt)
+    status = main()
+    signal.signal(signal.SIGINT, end)
+  except KeyboardInterrupt:  # before main() looks at it, or after
+    status = _fail('stopped', 130)
+  if status == 130:
+    # jax that was interrupted in a compilation crashes when Python ends in order. Every line of files is on the disk.
+    for file in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):  # `| head` has seen enough
+        file.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
 def _fail(message, status):
   print(f'{NAME}: {message}', file=sys.stderr, flush=True)
   return status
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  program()

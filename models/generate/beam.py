@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import numbers
 from typing import Any
 
@@ -12,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from models.generate import placing
-from models.generate.prefill import open_model, padded_stops, power_of_two, prefill, read_prompts, whole
+from models.generate.prefill import BrokenLogits, open_model, padded_stops, power_of_two, prefill, read_prompts, whole
 
+LARGEST_POWER = 1e30  # of a length: scores stay far from where float32 ends
 LEAST_TEXT = 32  # one program searches for all texts that are shorter
 
 
@@ -70,7 +70,8 @@ def beam_search(
 
   Each step extends the running beams of a prompt by every token and looks at the best `beams` of all these: those that
   end with a stop token are finished, and the best `beams` of the others run on. Of finished texts the best `beams` are
-  kept; after max_new_tokens the running ones join them. With one beam this is greedy generation. A step copies the
+  kept; after max_new_tokens the running ones join them. With one beam this is greedy generation, except with
+  early_stopping='never' and a length_penalty above 0, where the search goes on behind a stop token. A step copies the
   cache once, since beams take over the entries of those that they continue. Meshes as in `generate`.
 
   Args:
@@ -79,7 +80,8 @@ def beam_search(
     max_new_tokens: most new tokens, 1 or more.
     beams: N, beams per prompt, and texts returned.
     lengths: [B] int in 1 .. T, with an array: prompt b is its first lengths[b] tokens; None means T.
-    length_penalty: exponent; above 0 favours long texts, below 0 short ones.
+    length_penalty: exponent, -8 .. 8; above 0 favours long texts, below 0 short ones. max_new_tokens to the power of
+      |length_penalty| is at most 1e30.
     stop_tokens: tokens that finish a text; they count in its score and its length.
     early_stopping: when a prompt is done, before max_new_tokens: True, as soon as `beams` texts are finished; False,
       when `beams` are and no running beam, ended now, would beat the worst; 'never', when none can, however it goes on.
@@ -90,7 +92,7 @@ def beam_search(
 
   Raises:
     ValueError: an argument out of its range, a token outside the vocabulary.
-    FloatingPointError: logits were NaN, +inf or all -inf.
+    FloatingPointError: logits were NaN, +inf or all -inf; its attribute `prompt` is the index of the prompt.
 
   Source: length penalty and early stopping as in Hugging Face's transformers, `GenerationMixin.generate`.
   """
@@ -98,14 +100,21 @@ def beam_search(
   prompts = read_prompts(prompts, lengths, opened.vocab)
   N, new = whole('beams', beams, 1), whole('max_new_tokens', max_new_tokens, 1)
   is_number = isinstance(length_penalty, numbers.Real) and not isinstance(length_penalty, bool)
-  if not is_number or not math.isfinite(length_penalty):
-    raise ValueError(f'length_penalty={length_penalty!r} must be a finite number')
+  if not is_number or not -8 <= length_penalty <= 8:
+    raise ValueError(f'length_penalty={length_penalty!r} must be a number in -8 .. 8')
+  if float(new) ** abs(float(length_penalty)) > LARGEST_POWER:
+    raise ValueError(
+      f'length_penalty={length_penalty!r} with max_new_tokens={new}: expected max_new_tokens ** |length_penalty| of at '
+      f'most {LARGEST_POWER:.0e}, or scores would overflow'
+    )
   if not any(early_stopping is known for known in (True, False)) and early_stopping != 'never':
     raise ValueError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
   stops = padded_stops(stop_tokens, opened.vocab)
 
   graph, params, mesh, _ = opened
-  cache, last, position = prefill(opened, prompts, new, whole('prefill_chunk', prefill_chunk, 1), N)
+  # Whole prompts are idle, not rows: the beams of a prompt lie on one device.
+  idle = [np.zeros(0, np.int32)] * (placing.padded(len(prompts), mesh) - len(prompts))
+  cache, last, position = prefill(opened, [*prompts, *idle], new, whole('prefill_chunk', prefill_chunk, 1), N)
   with placing.current(mesh):
     state = _begin(cache, last, position, N, power_of_two(new, LEAST_TEXT))
     del cache
@@ -114,8 +123,8 @@ def beam_search(
     ended, scores, is_sound = jax.device_get(out)
   broken = np.flatnonzero(~is_sound[: len(prompts)])
   if broken.size:
-    raise FloatingPointError(f'prompts[{broken[0]}]: the logits were NaN, +inf or all -inf, the parameters are broken')
-  return _beams(ended[: len(prompts)], scores[: len(prompts)], frozenset(stop_tokens))
+    raise BrokenLogits(int(broken[0]))
+  return _beams(ended[: len(prompts)], scores[: len(prompts)], frozenset(stops.tolist()))
 
 
 def _beams(ended, scores, stops):

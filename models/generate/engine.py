@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from models.generate import placing, sampling as samplings
-from models.generate.prefill import Opened, open_model, padded_stops, prefill, read_prompts, whole
+from models.generate.prefill import BrokenLogits, Opened, listed, open_model, padded_stops, prefill, read_prompts, whole
 from models.generate.sampling import GREEDY, Sampling
 from models.generate.stops import Text, check_stop_strings
 
@@ -24,7 +24,8 @@ class Generated:
   """New texts; `tokens[b][s]` belongs to sample s of prompt b, and so on.
 
   Attributes:
-    tokens: lists of ints, without the prompt; a stop token, or the one that completed a stop string, is the last.
+    tokens: lists of ints, without the prompt; the last is a stop token, or the last one that was needed to be sure of a
+      stop string: the one that completed it, or a later one where the tokenizer or a longer stop string left it open.
     log_probs: lists of floats, one per token: log softmax(logits) of the model itself, before penalties, temperature
       and filters, whatever the token was drawn from.
     finish: 'stop' (a stop token or a stop string) or 'length'.
@@ -102,6 +103,9 @@ def generate(
   On a mesh (jax.set_mesh, or that over which the parameters are cut) rows are cut over its axes data and fsdp, with
   idle ones where these do not divide them, and the key heads of caches over tensor where it divides them.
 
+  A decoder of scanned layers (config.scan) holds its cache twice within a step and copies it at every token: generate
+  with models.state.unscanned(model, config), or load with hf.load(folder, scan=False).
+
   Args:
     model: a Decoder, or any module with its `init_cache`, `extend_hidden` and `logits`.
     prompts: B lists of one int or more, or an integer array [B, T].
@@ -121,7 +125,8 @@ def generate(
 
   Raises:
     ValueError: an argument out of its range, a token outside the vocabulary; before anything is computed.
-    FloatingPointError: the logits of a running row were NaN, +inf or all -inf; it names the prompt.
+    FloatingPointError: the logits of a running row were NaN, +inf or all -inf; its attribute `prompt` is the index of
+      the prompt.
   """
   task = _task(
     model, prompts, max_new_tokens, lengths=lengths, sampling=sampling, key=key, samples=samples,
@@ -157,7 +162,11 @@ def _task(
   if not isinstance(sampling, Sampling):
     raise ValueError(f'sampling={sampling!r} must be a Sampling')
   sampling.check(opened.vocab)
+  if not isinstance(stop_strings, str):
+    stop_strings = tuple(listed('stop_strings', stop_strings, 'a list of texts'))
   check_stop_strings(stop_strings)
+  if tokenizer is not None and not callable(getattr(tokenizer, 'decode', None)):
+    raise ValueError(f'tokenizer={tokenizer!r} has no decode: expected None, or an object with decode(ids) -> str')
   if stop_strings and tokenizer is None:
     raise ValueError(f'stop_strings={stop_strings!r} need a tokenizer, got tokenizer=None')
   return Task(
@@ -168,7 +177,7 @@ def _task(
     key=samplings.checked_key(key, sampling),
     samples=whole('samples', samples, 1),
     stop_tokens=padded_stops(stop_tokens, opened.vocab),
-    stop_strings=tuple(stop_strings),
+    stop_strings=stop_strings,
     tokenizer=tokenizer,
     prefill_chunk=whole('prefill_chunk', prefill_chunk, 1),
   )
@@ -199,8 +208,7 @@ def _pieces(task, is_watched):
       )
       tokens, log_probs, is_sound = jax.device_get(out)
     if not is_sound[:live].all():
-      b = int(np.flatnonzero(~is_sound[:live])[0]) // task.samples
-      raise FloatingPointError(f'prompts[{b}]: the logits were NaN, +inf or all -inf, the parameters are broken')
+      raise BrokenLogits(int(np.flatnonzero(~is_sound[:live])[0]) // task.samples)
     if is_watched:
       limit = min(BLOCK, 2 * limit) if time.monotonic() - start < CALL_SECONDS / 2 else max(1, limit // 2)
     for row, ids, values in zip(rows, tokens, log_probs):
@@ -262,9 +270,8 @@ def _decode(graph, params, state, is_stopped, keys, sampling, stop_tokens, max_n
     position = jnp.where(state.is_done, -1, state.position)
     hidden, cache = model.extend_hidden(state.last[:, None], position[:, None], state.cache)
     logits = model.logits(hidden)[:, 0]
-    new = _choose(logits, keys, state, sampling)
+    new, is_usable = _choose(logits, keys, state, sampling)
     log_prob = jnp.take_along_axis(logits, new[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-    is_usable = jnp.isfinite(jnp.max(logits, axis=-1))  # NaN if any is
     made = state.made + ~state.is_done
     is_last = jnp.any(new[:, None] == stop_tokens, axis=-1) | (made >= max_new_tokens) | ~is_usable
     seen = None if state.seen is None else state.seen.at[jnp.arange(R), new].max(~state.is_done)
@@ -281,8 +288,11 @@ def _decode(graph, params, state, is_stopped, keys, sampling, stop_tokens, max_n
 
 
 def _choose(logits, keys, state, sampling):
-  """The next tokens [R] int32."""
+  """The next tokens [R] int32, and [R] bool, whether what they were chosen from can be used."""
   if sampling.is_greedy:
-    return jnp.argmax(samplings.penalised(logits, sampling, state.seen), axis=-1).astype(jnp.int32)
-  keys = jax.vmap(jax.random.fold_in)(keys, state.made)
-  return samplings.draw(keys, samplings.adjusted(logits, sampling, state.seen))
+    logits = samplings.penalised(logits, sampling, state.seen)
+    new = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  else:
+    logits = samplings.adjusted(logits, sampling, state.seen)
+    new = samplings.draw(jax.vmap(jax.random.fold_in)(keys, state.made), logits)
+  return new, jnp.isfinite(jnp.max(logits, axis=-1))  # NaN if any is

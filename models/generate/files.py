@@ -18,14 +18,16 @@ from tqdm import tqdm
 WRITTEN = ('text', 'tokens', 'log_probs', 'finish', 'index')
 WINDOW = 4  # batches among which prompts are sorted by length; as much may have to be computed again after a stop
 LOADED = ('config.json', 'generation_config.json', 'tokenizer.json')
-EDGE = 1 << 20  # bytes at both ends of a file of weights that its fingerprint covers
+WHOLE = 64 << 20  # bytes: a fingerprint reads all of a folder that has no more
+SAMPLES, SAMPLE = 64, 64 << 10  # of a larger one it reads so many places of each file, of so many bytes
 
 
 class Prompt(NamedTuple):
-  """A line of the input: its entries, with an id, and the ids of its tokens."""
+  """A line of the input: its entries, with an id, the ids of its tokens, and its number, from 1."""
 
   record: dict[str, Any]
   tokens: list[int]
+  line: int = 0
 
 
 class Row(NamedTuple):
@@ -53,6 +55,9 @@ def run(prompts, output, compute, samples, batch, has_log_probs=False):
 
   Returns:
     Number of tokens written.
+
+  Raises:
+    FloatingPointError: the model gave NaN; it names the line of the input.
   """
   waiting: dict[int, list[Row]] = {}
   done, count = output.done, 0
@@ -60,7 +65,10 @@ def run(prompts, output, compute, samples, batch, has_log_probs=False):
     for number, indices in enumerate(batches([len(prompt.tokens) for prompt in prompts], batch)):
       if all(i < output.done for i in indices):
         continue
-      rows = compute(number, [prompts[i].tokens for i in indices])
+      try:
+        rows = compute(number, [prompts[i].tokens for i in indices])
+      except FloatingPointError as error:
+        raise _located(error, [prompts[i] for i in indices]) from error
       waiting |= dict(zip(indices, rows, strict=True))
       ready = []
       while done in waiting:
@@ -72,6 +80,14 @@ def run(prompts, output, compute, samples, batch, has_log_probs=False):
       output.write(ready)
       bar.update(done - bar.n)
   return count
+
+
+def _located(error, batch):
+  """The error with the line of the input in place of the number within the batch, its attribute `prompt`."""
+  number = getattr(error, 'prompt', None)
+  found = batch if number is None else [batch[number]]
+  told = ', '.join(f'line {prompt.line} (id {prompt.record["id"]!r})' for prompt in found)
+  return FloatingPointError(f'{told}: {str(error).removeprefix(f"prompts[{number}]: ")}')
 
 
 def line(prompt, index, row, has_log_probs):
@@ -97,30 +113,31 @@ def read(path, tokenizer, vocab, room=0):
   """The prompts of a file.
 
   Args:
-    path: of a JSON Lines file; empty lines are passed over.
+    path: of a JSON Lines file, or of a pipe, which can be read only once; empty lines are passed over.
     tokenizer: has encode(text).
     vocab: tokens are 0 .. vocab - 1.
     room: tokens that a prompt may have; 0 means any number.
 
   Returns:
-    [Prompt]; one without an id has the number of its line, from 1.
+    ([Prompt], SHA-256 of the file in hexadecimal). A prompt without an id has the number of its line.
 
   Raises:
     ValueError: no prompt, or lines that are none: all of them are named.
   """
   prompts, wrong = [], []
   with open(path, 'rb') as file:
-    for number, text in enumerate(file, 1):
-      if text.strip():
-        try:
-          prompts.append(_prompt(text, number, tokenizer, vocab, room))
-        except ValueError as error:
-          wrong.append(f'line {number}: {error}')
+    content = file.read()
+  for number, text in enumerate(content.split(b'\n'), 1):
+    if text.strip():
+      try:
+        prompts.append(_prompt(text, number, tokenizer, vocab, room))
+      except ValueError as error:
+        wrong.append(f'line {number}: {error}')
   if wrong:
     raise ValueError(f'{path}: {len(wrong)} of its lines cannot be used\n  ' + '\n  '.join(wrong))
   if not prompts:
     raise ValueError(f'{path}: expected a line {{"prompt": "..."}} or more, found none')
-  return prompts
+  return prompts, hashlib.sha256(content).hexdigest()
 
 
 def _prompt(text, number, tokenizer, vocab, room):
@@ -130,6 +147,8 @@ def _prompt(text, number, tokenizer, vocab, room):
     json.dumps(record, ensure_ascii=False).encode()
   except UnicodeError:
     raise ValueError('is not UTF-8') from None
+  except RecursionError:
+    raise ValueError('has lists or objects within each other that are too deep') from None
   except ValueError as error:
     raise ValueError(f'is not JSON ({error})') from None
   if not isinstance(record, dict) or ('prompt' in record) == ('tokens' in record):
@@ -151,7 +170,7 @@ def _prompt(text, number, tokenizer, vocab, room):
     raise ValueError(f'token {outside} is none of 0 .. {vocab - 1}')
   if room and len(tokens) > room:
     raise ValueError(f'{len(tokens)} tokens are too many, expected {room} or fewer')
-  return Prompt({'id': number} | record, tokens)
+  return Prompt({'id': number} | record, tokens, number)
 
 
 class Output(contextlib.AbstractContextManager):
@@ -167,12 +186,14 @@ class Output(contextlib.AbstractContextManager):
     done: prompts that were complete when it was opened.
 
   Raises:
-    ValueError: the file is not of these settings (what differs is named) or of these prompts, or another process writes
-      it. Nothing has been changed then.
+    ValueError: the path is a folder, the file is not of these settings (what differs is named) or of these prompts, or
+      another process writes it. Nothing has been changed then.
   """
 
   def __init__(self, path, prompts, samples, settings):
     self.path = pathlib.Path(path)
+    if self.path.is_dir():
+      raise ValueError(f'output {path}: is a folder, expected the name of a file')
     self.beside = self.path.with_name(self.path.name + '.settings.json')
     with contextlib.ExitStack() as stack:
       self._file = stack.enter_context(open(self.path, 'ab+'))
@@ -214,7 +235,12 @@ class Output(contextlib.AbstractContextManager):
   def _check(self, settings):
     if not self.beside.exists():
       raise ValueError(f'{self.path}: holds something else, expected a new file or one that this command has begun')
-    found = json.loads(self.beside.read_text(encoding='utf-8'))
+    try:
+      found = json.loads(self.beside.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f'{self.beside}: expected the settings that {self.path} was begun with ({error})') from error
+    if not isinstance(found, dict):
+      raise ValueError(f'{self.beside}: expected the settings that {self.path} was begun with, a JSON object')
     settings = json.loads(json.dumps(settings))
     names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
     if names:
@@ -241,25 +267,28 @@ def _is_line(text, prompt, index):
   try:
     record = json.loads(text)
     return (record['id'], record['index']) == (prompt.record['id'], index)
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     return False
 
 
-def hash_of(path):
-  """SHA-256 of a file, in hexadecimal."""
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
 def fingerprint(folder):
-  """A short hash of a model's folder: of the names, sizes and both ends of the files that a model is loaded from."""
+  """A short hash of a model's folder: of the names, sizes and contents of the files that a model is loaded from.
+
+  If they have more than WHOLE bytes together, the time of the last change of each file counts, and of its contents
+  SAMPLES places of SAMPLE bytes, the first and the last among them. A copy that keeps no times is another model then.
+  """
+  paths = sorted(pathlib.Path(folder).expanduser().iterdir())
+  paths = [path for path in paths if path.name in LOADED or path.suffix == '.safetensors']
+  stats = [path.stat() for path in paths]
+  is_small = sum(stat.st_size for stat in stats) <= WHOLE
   digest = hashlib.sha256()
-  for path in sorted(pathlib.Path(folder).expanduser().iterdir()):
-    if path.name in LOADED or path.suffix == '.safetensors':
-      size = path.stat().st_size
-      digest.update(f'{path.name}\0{size}\0'.encode())
-      with open(path, 'rb') as file:
-        digest.update(file.read(EDGE))
-        file.seek(max(EDGE, size - EDGE))
+  for path, stat in zip(paths, stats):
+    digest.update(f'{path.name}\0{stat.st_size}\0{"" if is_small else stat.st_mtime_ns}\0'.encode())
+    with open(path, 'rb') as file:
+      if is_small or stat.st_size <= SAMPLES * SAMPLE:
         digest.update(file.read())
+      else:
+        for i in range(SAMPLES):
+          file.seek((stat.st_size - SAMPLE) * i // (SAMPLES - 1))
+          digest.update(file.read(SAMPLE))
   return digest.hexdigest()[:16]

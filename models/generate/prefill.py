@@ -1,5 +1,6 @@
 """Prompts: their checks, and the cache that holds them, read chunk by chunk by programs that other prompts share."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,6 +14,22 @@ from models.generate import placing
 LEAST_CAPACITY, LEAST_CHUNK = 64, 16  # below, one program serves all lengths
 
 
+METHODS = ('init_cache', 'extend_hidden', 'logits')
+
+
+class BrokenLogits(FloatingPointError):
+  """Logits that cannot be used.
+
+  Args:
+    prompt: index of the prompt that they follow, also an attribute.
+    what: what is wrong with what.
+  """
+
+  def __init__(self, prompt, what='the logits were NaN, +inf or all -inf, the parameters are broken'):
+    super().__init__(f'prompts[{prompt}]: {what}')
+    self.prompt = prompt
+
+
 class Opened(NamedTuple):
   """A model in parts: its graph, its parameters on the mesh (None: one device), and the number of tokens it knows."""
 
@@ -22,8 +39,13 @@ class Opened(NamedTuple):
   vocab: int
 
 
-def open_model(model):
-  """Opened of a Decoder, or of any module with its `init_cache`, `extend_hidden` and `logits`."""
+def open_model(model, name='model', also=()):
+  """Opened of a Decoder, or of any module with its METHODS and those of `also`; ValueError naming what it lacks."""
+  methods = (*METHODS, *also)
+  missing = [method for method in methods if not callable(getattr(model, method, None))]
+  if missing:
+    kind, lacks = type(model).__name__, ', '.join(missing)
+    raise ValueError(f'{name} is a {kind} without {lacks}: expected a Decoder, or a module with {", ".join(methods)}')
   graph, params = nnx.split(model)
   mesh = placing.mesh_of(params)
   return Opened(graph, placing.spread(params, mesh), mesh, jax.eval_shape(_one_token, graph, params).shape[-1])
@@ -46,7 +68,8 @@ def read_prompts(prompts, lengths, vocab):
       raise ValueError(
         f'prompts are {prompts.dtype} {prompts.shape}, expected integers [B, T], one token or more, or a list of lists'
       )
-    (B, T), lengths = prompts.shape, np.asarray([prompts.shape[1]] * len(prompts) if lengths is None else lengths)
+    B, T = prompts.shape
+    lengths = _array('lengths', [T] * B if lengths is None else lengths)
     if lengths.shape != (B,) or not np.issubdtype(lengths.dtype, np.integer):
       raise ValueError(f'lengths are {lengths.dtype} {lengths.shape}, expected integers [{B}]')
     if lengths.min() < 1 or lengths.max() > T:
@@ -55,7 +78,7 @@ def read_prompts(prompts, lengths, vocab):
   elif lengths is not None:
     raise ValueError('lengths belong to prompts as an array, expected None with a list')
   else:
-    rows = [np.asarray(row) for row in prompts]
+    rows = [_array(f'prompts[{b}]', row) for b, row in enumerate(listed('prompts', prompts, 'lists of tokens'))]
   if not rows:
     raise ValueError('prompts=[]: expected one prompt or more')
   for b, row in enumerate(rows):
@@ -65,6 +88,22 @@ def read_prompts(prompts, lengths, vocab):
     if wrong.size:
       raise ValueError(f'prompts[{b}] holds token {wrong[0]}, expected 0 .. {vocab - 1}')
   return [row.astype(np.int32) for row in rows]
+
+
+def _array(name, value):
+  """The argument as a numpy array, whatever it holds."""
+  try:
+    return np.asarray(value)
+  except (TypeError, ValueError):
+    raise ValueError(f'{name} is not even: expected integers, not lists among them, got {value!r:.80}') from None
+
+
+def listed(name, value, expected):
+  """The argument `name` as a list, or ValueError unless it can be gone through."""
+  try:
+    return list(value)
+  except TypeError:
+    raise ValueError(f'{name}={value!r}: expected {expected}') from None
 
 
 def whole(name, value, low, high=None):
@@ -78,7 +117,8 @@ def whole(name, value, low, high=None):
 
 def padded_stops(stop_tokens, vocab):
   """Stop tokens as an int32 array of 8, 16, 32 ... entries, -1 behind them: their number compiles nothing."""
-  stops = [whole('stop_tokens: token', token, 0, vocab - 1) for token in stop_tokens]
+  tokens = listed('stop_tokens', stop_tokens, 'a list of tokens')
+  stops = [whole('stop_tokens: token', token, 0, vocab - 1) for token in tokens]
   return np.array(stops + [-1] * (power_of_two(len(stops), 8) - len(stops)), np.int32)
 
 
@@ -104,19 +144,20 @@ def prefill(opened, prompts, room, size, copies=1):
 
   Args:
     opened: Opened.
-    prompts: B int32 arrays.
+    prompts: B int32 arrays; an empty one makes idle rows.
     room: tokens to come.
     size: tokens per chunk.
     copies: rows per prompt, next to each other.
 
   Returns:
     (ModelCache of R rows, last tokens [R] int32, their positions [R] int32, -1 in idle rows): R is B * copies and
-    rows that make a mesh divide it, which are idle.
+    idle rows behind them that make a mesh divide it. A prompt whose copies lie on several devices is read by each.
   """
   graph, params, mesh, _ = opened
-  B = placing.padded(len(prompts), mesh)
-  prompts = [*prompts, *[np.zeros(0, np.int32)] * (B - len(prompts))]
-  lengths = np.array([len(row) for row in prompts], np.int32)
+  held_by, rows, of_row = _layout(len(prompts), copies, placing.padded(1, mesh))
+  everything = [*prompts, np.zeros(0, np.int32)]  # the last one is no prompt
+  prompts = [everything[b] for b in held_by.flat]
+  B, lengths = len(prompts), np.array([len(row) for row in prompts], np.int32)
   held = int(lengths.max()) - 1
   with placing.current(mesh):
     cache = _empty(graph, params, B, capacity_for(held + room))
@@ -128,9 +169,27 @@ def prefill(opened, prompts, room, size, copies=1):
         part = row[start : min(start + width, len(row) - 1)]
         tokens[b, : len(part)] = part
       cache = _read(graph, params, tokens, positions, cache)
-    cache = _fork(cache, copies) if copies > 1 else cache
-  last = np.array([row[-1] if len(row) else 0 for row in prompts], np.int32)
-  return cache, np.repeat(last, copies), np.repeat(lengths - 1, copies)
+    cache = _fork(cache, rows) if copies > 1 else cache
+  last = np.array([row[-1] if len(row) else 0 for row in everything], np.int32)
+  position = np.array([len(row) - 1 for row in everything], np.int32)
+  return cache, last[of_row], position[of_row]
+
+
+def _layout(prompts, copies, parts):
+  """Which prompts the parts of a mesh read, and which of these each of its rows continues.
+
+  Row r, of prompt r // copies, lies in part r // n, n rows each. A part reads the prompts of its rows, so that no cache
+  moves between devices.
+
+  Returns:
+    (held_by [parts, K]: prompts; rows [parts, n]: places among the K of the part; of_row [R]: prompts), where `prompts`
+    stands for none.
+  """
+  n = -(-prompts * copies // parts)
+  of_row = np.minimum(np.arange(parts * n) // copies, prompts).reshape(parts, n)
+  first = of_row[:, :1]
+  rows = np.where(of_row < prompts, of_row - first, 0)
+  return np.minimum(first + np.arange(rows.max() + 1), prompts), rows, of_row.ravel()
 
 
 def power_of_two(n, least):
@@ -156,6 +215,25 @@ def _read(graph, params, tokens, positions, cache):
   return placing.by_heads(nnx.merge(graph, params).extend_hidden(tokens, positions, cache)[1])
 
 
-@functools.partial(jax.jit, static_argnames='copies')
-def _fork(cache, copies):
-  return placing.by_heads(cache.fork(copies))
+@jax.jit
+def _fork(cache, rows):
+  """The cache of the rows [parts, n] of each part."""
+  parts, _ = rows.shape
+
+  def take(axis):
+    pick = jax.vmap(functools.partial(jnp.take, axis=axis), (axis, 0), axis)
+
+    def of(x):
+      picked = pick(x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :]), rows)
+      return picked.reshape(*x.shape[:axis], rows.size, *x.shape[axis + 1 :])
+
+    return of
+
+  return placing.by_heads(
+    dataclasses.replace(
+      cache,
+      layers=jax.tree.map(take(1 if cache.is_scanned else 0), cache.layers),
+      length=take(0)(cache.length),
+      reach=take(0)(cache.reach),
+    )
+  )

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import math
 import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -17,12 +17,13 @@ class Sampling:
   Applied in this order: repetition penalty, temperature, top-k, top-p of what is left, min-p.
 
   Attributes:
-    temperature: divides the logits; 0 takes the most likely token (the lowest of equals) and needs no filter.
+    temperature: divides the logits, 1e-30 .. 1e30; 0 takes the most likely token (the lowest of equals) and needs no
+      filter.
     top_k: keep the top_k most likely tokens; 0 means all.
     top_p: keep the smallest set of most likely tokens whose probabilities sum to top_p or more; 1 means all.
     min_p: keep tokens of at least min_p times the probability of the most likely one; 0 means all.
     repetition_penalty: positive logits of tokens in the prompt or the new text are divided by it, negative ones
-      multiplied; 1 means none. It holds for temperature 0 too.
+      multiplied; 1e-9 .. 1e9, 1 means none. It holds for temperature 0 too.
     kind: what is on, as a static part of the pytree; follows from the numbers and is not to be given.
 
   Source: top-k arXiv:1805.04833; top-p arXiv:1904.09751; min-p arXiv:2407.01082; repetition penalty arXiv:1909.05858
@@ -43,9 +44,9 @@ class Sampling:
       raise ValueError(f'{strange[0]}={values[strange[0]]!r} must be a number of Python or NumPy')
     if strange:
       return  # traced, or the stand-ins that JAX puts into pytrees: the kind came along
-    for name, value in values.items():
-      if name != 'top_k' and type(value) is int:  # one type each, or a program would be compiled for both
-        object.__setattr__(self, name, float(value))
+    for name, value in values.items():  # one type each, or a program would be compiled for every one
+      if not isinstance(value, bool) and (name != 'top_k' or isinstance(value, numbers.Integral)):
+        object.__setattr__(self, name, _plain(name, value))
     choice = 'greedy' if self.temperature == 0 else 'plain'
     if self.temperature != 0 and (self.top_k != 0 or self.top_p != 1 or self.min_p != 0):
       choice = 'filtered'
@@ -67,14 +68,23 @@ class Sampling:
     if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or not 0 <= top_k <= vocab:
       raise ValueError(f'top_k={top_k!r} must be an integer in 0 .. {vocab}')
     for name, is_good, expected in (
-      ('temperature', lambda x: 0 <= x < math.inf, 'a finite number, 0 or more'),
+      # Far from where float32 ends: there 0 * inf would make NaN of tokens that are cut.
+      ('temperature', lambda x: x == 0 or 1e-30 <= x <= 1e30, '0 or in 1e-30 .. 1e30'),
       ('top_p', lambda x: 0 < x <= 1, 'above 0 and up to 1'),
       ('min_p', lambda x: 0 <= x <= 1, 'between 0 and 1'),
-      ('repetition_penalty', lambda x: 0 < x < math.inf, 'a finite number above 0'),
+      ('repetition_penalty', lambda x: 1e-9 <= x <= 1e9, 'in 1e-9 .. 1e9'),
     ):
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, numbers.Real) or not is_good(value):
         raise ValueError(f'{name}={value!r} must be {expected}')
+
+
+def _plain(name, value):
+  """The number `name` as Python's float, or int if it is top_k."""
+  try:
+    return int(value) if name == 'top_k' else float(value)
+  except OverflowError:
+    raise ValueError(f'{name} has more digits than a float can hold') from None
 
 
 GREEDY = Sampling()
@@ -120,14 +130,15 @@ def checked_key(key, sampling):
     return None
   if key is None:
     raise ValueError(f'temperature={sampling.temperature} needs a random key, got key=None')
-  if not jnp.issubdtype(getattr(key, 'dtype', None) or jnp.asarray(key).dtype, jax.dtypes.prng_key):
-    key = jax.random.wrap_key_data(jnp.asarray(key))
-  if key.shape or str(jax.random.key_impl(key)) != 'threefry2x32':
+  is_typed = jnp.issubdtype(getattr(key, 'dtype', np.dtype(object)), jax.dtypes.prng_key)
+  key = key if is_typed else np.asarray(key)
+  is_known = str(jax.random.key_impl(key)) == 'threefry2x32' if is_typed else key.dtype == np.uint32
+  if not is_known or key.shape != (() if is_typed else (2,)):  # (2,): the data of a key, as of jax.random.PRNGKey
     raise ValueError(
       f'key is {key.dtype} {key.shape}, expected one key of jax.random.key(seed), threefry2x32: the numbers of other '
       'generators depend on the batch'
     )
-  return key
+  return key if is_typed else jax.random.wrap_key_data(key, impl='threefry2x32')
 
 
 def penalised(logits, sampling, seen):
@@ -158,7 +169,7 @@ def kept(logits, top_k=0, top_p=1.0, min_p=0.0):
   before = jnp.cumsum(p, axis=-1) - p
   in_p = (before < top_p) | (top_p >= 1)  # rounding in the sum must not cut the tail when nothing is to be cut
   in_min = jnp.exp(falling - falling[..., :1]) >= min_p
-  n = jnp.sum(in_k & in_p & in_min, axis=-1, keepdims=True)
+  n = jnp.maximum(jnp.sum(in_k & in_p & in_min, axis=-1, keepdims=True), 1)  # a top_p that rounds to 0 keeps one too
   last = jnp.take_along_axis(falling, n - 1, axis=-1)
   is_above, is_equal = logits > last, logits == last
   of_equals = n - jnp.sum(is_above, axis=-1, keepdims=True)

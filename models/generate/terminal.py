@@ -2,6 +2,10 @@
 
 import sys
 import time
+import unicodedata
+
+# Ends of lines and directions of writing: they move what stands around them.
+MOVING = frozenset('\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069')
 
 
 class Printer:
@@ -59,8 +63,10 @@ class Printer:
 
 
 def visible(text):
-  """A text in which control characters other than line ends and tabs are U+FFFD."""
-  return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
+  """A text in which U+FFFD stands for what moves the cursor or other text: control characters but line ends and tabs,
+  surrogates, and MOVING. Joiners, soft hyphens and every kind of space are text."""
+  is_shown = lambda c: c in '\n\t' or (unicodedata.category(c) not in ('Cc', 'Cs') and c not in MOVING)
+  return ''.join(c if is_shown(c) else '\ufffd' for c in text)
 
 
 class Clock:

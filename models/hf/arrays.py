@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from models import sharding
 from models.hf import safetensors
 
 BLOCKS, SCALES = '_blocks', '_scales'  # endings of the two tensors that hold one in MXFP4
@@ -47,7 +48,7 @@ def _parts(tensors, source, shape, placement, is_packed):
   whole = slice(None)
   experts, inside, out = source.index or (whole, whole, whole)
   groups = tensors.tensors[source.tensor + SCALES].shape[-1]
-  parts = 1 if placement is None or cuts[1] is None else placement.mesh.shape[cuts[1]]
+  parts = 1 if placement is None else sharding.parts(cuts[1], placement.mesh)
   if inside != whole:
     raise ValueError(f'{source.tensor}: {inside} of a tensor in MXFP4, expected all of its groups')
   on_blocks = on(cuts[0], cuts[2], None if groups % parts else cuts[1])

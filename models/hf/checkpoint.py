@@ -58,7 +58,7 @@ def load(
   Args:
     folder: path of config.json with model.safetensors, or with its index and parts.
     mesh: jax.sharding.Mesh for the parameters; None means the default device.
-    dtype: of activations; None means that of config.json.
+    dtype: of activations; None means that of config.json, float32 where it names none.
     param_dtype: of parameters; None means as stored, tensor by tensor.
     rules: placements on the mesh, see models/sharding.py.
     scan: stack the layers for a scanned model, see DecoderConfig.
@@ -121,7 +121,8 @@ def save(
   Raises:
     ValueError: a checkpoint is there and overwrite is False; the architecture cannot express the config; the model is
       not that of the config.
-    OSError: the disk is full, or another fault of the system; a checkpoint that was there is as it was.
+    OSError: the disk is full, or another fault of the system; a checkpoint that was there is as it was, unless the
+      fault came at the very end, while files were renamed: then the folder may not open.
   """
   form = architectures.find(architecture or architectures.NATIVE.name)
   writer.check(folder, overwrite)

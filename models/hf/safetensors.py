@@ -6,11 +6,13 @@ The library of that name has no bfloat16 in its numpy form, and its writer needs
 Source: the format's description in the repository huggingface/safetensors.
 """
 
+import collections
 import concurrent.futures
 import json
 import math
 import os
 import pathlib
+import stat
 import typing
 
 import ml_dtypes
@@ -61,8 +63,8 @@ def parse_json(data, where):
   def unique(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
-      names = [name for name, _ in pairs]
-      raise ValueError(f'the name {next(n for n in names if names.count(n) > 1)!r} stands there twice')
+      counts = collections.Counter(name for name, _ in pairs)
+      raise ValueError(f'the name {counts.most_common(1)[0][0]!r} stands there twice')
     return found
 
   def constant(name):
@@ -93,10 +95,12 @@ class File:
 
   def __init__(self, path):
     self.path = pathlib.Path(path).expanduser()
-    self._fd = os.open(self.path, os.O_RDONLY)
+    self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for ever
     self._expected = 0
     try:
       self._stat = os.fstat(self._fd)
+      if not stat.S_ISREG(self._stat.st_mode):
+        raise ValueError(f'{self.path}: expected a file')
       self.tensors, self.metadata = self._header(self._stat.st_size)
     except BaseException:
       self.close()
@@ -219,7 +223,8 @@ class File:
     where = f'{self.path}: header'
     length = int.from_bytes(os.pread(self._fd, 8, 0), 'little')
     if size < 8 or length > min(MAX_HEADER, size - 8):
-      raise ValueError(f'{where} of {length} bytes in a file of {size}, expected at most {min(MAX_HEADER, size - 8)}')
+      most = max(0, min(MAX_HEADER, size - 8))
+      raise ValueError(f'{where} of {length} bytes in a file of {size}, expected at most {most}')
     data = np.empty(length, np.uint8)
     self._read_into('header', 8, data)
     if data[:1].tobytes() != b'{':
@@ -344,7 +349,7 @@ class Folder:
       raise ValueError(f'{self.path}: expected a folder')
     path = self.path / INDEX
     if not path.exists():
-      if not (self.path / SINGLE).exists():
+      if not (self.path / SINGLE).is_file():
         raise ValueError(_nothing(self.path))
       return None
     weight_map = parse_json(path.read_bytes(), path).get('weight_map')

@@ -115,7 +115,10 @@ def tokenizer(folder):
     raise ValueError(f'{folder / CONFIG}: tokenizer={named!r}, expected "bytes" or no such entry')
   if named and path.exists():
     raise ValueError(f'{folder}: expected one tokenizer, found {FILE} and "tokenizer": "bytes" in {CONFIG}')
-  limit = _vocab(config)
+  try:
+    limit = _vocab(config)
+  except ValueError as error:
+    raise ValueError(f'{folder / CONFIG}: {error}') from None
   if named:
     if limit and limit < ByteTokenizer.vocab:
       raise ValueError(f'{folder / CONFIG}: "tokenizer": "bytes" has ids 0 .. {SEPARATOR}, the model 0 .. {limit - 1}')
@@ -128,9 +131,22 @@ def tokenizer(folder):
 
 
 def _vocab(config):
-  """Ids of the model that a config.json describes; 0 if it does not say."""
-  places = (config.get('decoder', {}).get('vocab'), config.get('vocab_size'))
-  return next((x for x in (*places, config.get('text_config', {}).get('vocab_size')) if x), 0)
+  """Ids of the model that a config.json describes; 0 if it does not say.
+
+  Raises:
+    ValueError: an entry that would say it is of another type, or below 1.
+  """
+  found = 0
+  for outer, inner in (('decoder', 'vocab'), ('', 'vocab_size'), ('text_config', 'vocab_size')):
+    place = config.get(outer, {}) if outer else config
+    if not isinstance(place, dict):
+      raise ValueError(f'{outer}={place!r}, expected a JSON object or no such entry')
+    value = place.get(inner)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+      name = f'{outer}.{inner}' if outer else inner
+      raise ValueError(f'{name}={value!r}, expected a whole number of 1 or more')
+    found = found or value or 0
+  return found
 
 
 def _read(path):

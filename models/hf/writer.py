@@ -47,7 +47,8 @@ def write(folder, shapes, get, *, max_shard_bytes=5e9, files=None, overwrite=Fal
 
   Raises:
     ValueError: `folder` holds a checkpoint and overwrite is False; an argument is not as described.
-    OSError: the disk is full, or another fault of the system. What was written is removed.
+    OSError: the disk is full, or another fault of the system. What was written is removed, but for a fault while files
+      are renamed.
   """
   if not max_shard_bytes > 0:
     raise ValueError(f'max_shard_bytes={max_shard_bytes}: expected a positive number')
@@ -58,7 +59,7 @@ def write(folder, shapes, get, *, max_shard_bytes=5e9, files=None, overwrite=Fal
       raise ValueError(f'tensor {name!r} of dtype {shape.dtype}: expected one of {", ".join(map(str, _NAMES))}')
   shards = _shards(shapes, max_shard_bytes)
   folder.mkdir(parents=True, exist_ok=True)
-  for stale in _matching(folder, [f'*{PARTIAL}']):
+  for stale in _matching(folder, [name + PARTIAL for name in (*_OWN, *(files or {}))]):
     stale.unlink()
   names = []  # in the order of renaming
   try:

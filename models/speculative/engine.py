@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from models.generate import Generated, Sampling, placing
-from models.generate.prefill import Opened, open_model, padded_stops, prefill, read_prompts, whole
+from models.generate.prefill import BrokenLogits, Opened, open_model, padded_stops, prefill, read_prompts, whole
 from models.generate.sampling import GREEDY, checked_key, row_keys
 from models.speculative import loop
 from models.speculative.tree import Tree
@@ -85,7 +85,8 @@ def generate(
   Raises:
     ValueError: an argument out of its range, a token outside the vocabulary, vocabularies that differ, a tree with
       more children at a node than there are tokens.
-    FloatingPointError: the logits of a running row were NaN, +inf or all -inf; it names the model and the prompt.
+    FloatingPointError: the logits of a running row were NaN, +inf or all -inf; it names the model, and its attribute
+      `prompt` is the index of the prompt.
 
   Source: arXiv:2211.17192, arXiv:2302.01318 (chains); arXiv:2305.09781 (trees); arXiv:2402.12374, arXiv:2402.14160
     (children without replacement).
@@ -97,7 +98,7 @@ def generate(
 
 def _task(target, draft, prompts, widths, sampling, key, stop_tokens, *, max_new_tokens, prefill_chunk):
   """The arguments of `generate`, checked."""
-  opened = [open_model(target), open_model(draft)]
+  opened = [open_model(target, 'target', ['look']), open_model(draft, 'draft', ['look'])]
   vocab, other = (model.vocab for model in opened)
   if vocab != other:
     raise ValueError(f'draft has a vocabulary of {other} tokens, expected the {vocab} of target')
@@ -132,8 +133,7 @@ def _collected(task):
   for outcome in _rounds(task):
     for model, is_sound in zip(('target', 'draft'), outcome.is_sound[:B].T):
       if not is_sound.all():
-        b = int(np.argmin(is_sound))
-        raise FloatingPointError(f"prompts[{b}]: the {model}'s logits were NaN, +inf or all -inf, it is broken")
+        raise BrokenLogits(int(np.argmin(is_sound)), f"the {model}'s logits were NaN, +inf or all -inf, it is broken")
     calls += outcome.count[:B] > 0
     tried += outcome.tried[:B]
     accepted += outcome.accepted[:B]

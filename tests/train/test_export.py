@@ -66,6 +66,21 @@ def test_refuses(run, tmp_path, capsys):
     export.export(run, tmp_path / 'full')
 
 
+@pytest.mark.parametrize(
+  'text, words',
+  [
+    ('{"architectures": ["AttnloomForCausalLM"]}', 'expected a run; it is a checkpoint, not a run'),
+    ('[]', 'expected a run; its config.json is of something else'),
+    ('{"config": 3}', 'expected a run; its config.json is of something else'),
+  ],
+)
+def test_a_folder_that_is_no_run(text, words, tmp_path, capsys):
+  (tmp_path / 'model').mkdir()
+  (tmp_path / 'model/config.json').write_text(text)
+  assert export.main([f'--workdir={tmp_path}/model', f'--out={tmp_path}/new']) == 2
+  assert f'workdir {tmp_path}/model: {words}\n' in capsys.readouterr().err
+
+
 def test_what_an_architecture_cannot_express(run, tmp_path, capsys):
   assert export.main([f'--workdir={run}', f'--out={tmp_path}/model', '--architecture=LlamaForCausalLM']) == 2
   assert 'window' in capsys.readouterr().err

@@ -59,8 +59,9 @@ def test_batch_rejects(changes, words):
 
 def test_first_rule_wins_and_leading_axes_stay_whole():
   mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
-  rules = [(r'a\.b', P('fsdp')), (r'a\..*', P('tensor', 'fsdp'))]
-  got = sharding.params_sharding(shapes(**{'a.b': (4,), 'a.c': (3, 4, 4)}), mesh, rules)
+  rules = [(r'a\.b', P('fsdp')), (r'a\.d', P(('tensor', 'fsdp', 'expert'), 'expert')), (r'a\..*', P('tensor', 'fsdp'))]
+  got = sharding.params_sharding(shapes(**{'a.b': (4,), 'a.c': (3, 4, 4), 'a.d': (4, 3)}), mesh, rules)
+  assert got['a.d'].spec == P(('tensor', 'fsdp'), None)  # of axes that the mesh lacks nothing is cut
   assert got['a.b'].spec == P('fsdp')
   assert got['a.c'].spec == P(None, 'tensor', 'fsdp')
 

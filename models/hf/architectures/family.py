@@ -194,7 +194,7 @@ class TypedWindows:
       types = [LOCAL if window is not None and i >= first else FULL for i in range(depth)]
     elif types is None:
       types = [LOCAL if period < 1 or (i + 1) % period else FULL for i in range(depth)]
-    if len(types) != depth or not set(types) <= {FULL, LOCAL}:
+    if len(types) != depth or not all(kind in (FULL, LOCAL) for kind in types):
       reader.problem(f'layer_types={types!r} (expected {depth} of {FULL!r} and {LOCAL!r})')
       return [0] * depth
     if LOCAL not in types:

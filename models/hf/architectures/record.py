@@ -1,6 +1,7 @@
 """What the reader and writer of checkpoints know of an architecture, and the shapes of its tensors."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -120,11 +121,17 @@ class Reader:
   def check(self):
     """ValueError if there were problems, with all of them."""
     if self.problems:
-      raise ValueError(f'config.json of {self.name} cannot be honoured: ' + '; '.join(self.problems))
+      problems = dict.fromkeys(self.problems)  # entries for several kinds of layers are read once for each
+      raise ValueError(f'config.json of {self.name} cannot be honoured: ' + '; '.join(problems))
 
 
 def fits(value, kinds) -> bool:
   """Whether a JSON value is of one of the kinds; whole numbers are floats too, true and false are no numbers."""
   if value is None or isinstance(value, bool):
     return (None if value is None else bool) in kinds
-  return any(isinstance(value, (int, float) if kind is float else kind) for kind in kinds if kind is not None)
+  return any(_is_number(value) if kind is float else isinstance(value, kind) for kind in kinds if kind is not None)
+
+
+def _is_number(value) -> bool:
+  """Whether a JSON value is a number that a float can hold."""
+  return isinstance(value, int | float) and abs(value) <= sys.float_info.max

@@ -81,8 +81,8 @@ class Rope:
 
   def _fields(self, reader, entries: dict, width: int, length: int | None) -> dict[str, Any]:
     kind = entries.get('rope_type', entries.get('type', 'default'))
-    kind = self.aliases.get(kind, kind)
-    if kind not in self.types:
+    kind = self.aliases.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in self.types:
       reader.problem(f'rope_type={kind!r} (expected one of {", ".join(map(repr, self.types))})')
       return {}
     for key, value in entries.items():
@@ -111,6 +111,9 @@ class Rope:
     fields: dict[str, Any] = {'rope_original_length': original}
     factor = positive('factor') if kind != 'llama3' else number('factor')
     factor = max(reach / original, 1.0) if factor is None and original > 0 else factor
+    if factor is not None and factor < 1:
+      reader.problem(f'factor={factor!r} (expected 1 or more)')
+      factor = 1.0
     fields['rope_factor'] = float(factor or 1.0)
     if kind == 'llama3':
       fields['rope_slow_turns'] = float(number('low_freq_factor'))

@@ -20,6 +20,8 @@ def read(record: dict, length: int | None = None) -> DecoderConfig:
   ties = (record.get('tie_word_embeddings', True), text.get('tie_word_embeddings', True))
   if ties != (True, True):
     reader.problem(f'tie_word_embeddings={ties[0]!r} and {ties[1]!r} in text_config (expected true)')
+  if text.get('final_logit_softcapping') is not None:  # the class with images does not apply it
+    reader.problem(f'final_logit_softcapping={text["final_logit_softcapping"]!r} in text_config (expected null)')
   reader.check()
   return GEMMA3.read({**text, **{key: record[key] for key in ('quantization_config',) if key in record}}, length)
 

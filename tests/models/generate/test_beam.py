@@ -25,6 +25,11 @@ def model(vocab=4):
     return small.model(vocab=vocab, layers=layers, dtype='float64', param_dtype='float64')
 
 
+@functools.cache
+def single():
+  return small.model(depth=1)
+
+
 @jax.jit
 def log_probs(model, texts):
   return jax.nn.log_softmax(model(texts), axis=-1)
@@ -104,10 +109,29 @@ def test_one_beam_is_greedy():
   with jax.enable_x64(True):
     for stops in ((), STOPS):
       greedy = generate(model(9), PROMPTS, 8, stop_tokens=stops)
-      got = beam_search(model(9), PROMPTS, 8, 1, stop_tokens=stops)
+      got = beam_search(model(9), PROMPTS, 8, 1, stop_tokens=iter(stops))
       assert got.tokens == greedy.tokens and got.finish == greedy.finish
       for (score,), (log_probs,) in zip(got.scores, greedy.log_probs):
         np.testing.assert_allclose(score, np.mean(log_probs), rtol=1e-9)
+
+
+def test_one_beam_that_never_stops_early():
+  """It goes on behind the stop token of greedy generation, and finds a better score."""
+  with jax.enable_x64(True):
+    search = functools.partial(beam_search, model(9), PROMPTS, 8, 1, length_penalty=4, stop_tokens=STOPS)
+    soon, late = search(), search(early_stopping='never')
+  assert all(b[0] >= a[0] for a, b in zip(soon.scores, late.scores)) and soon.tokens != late.tokens
+
+
+@pytest.mark.parametrize('length_penalty', [8, -8.0])
+def test_the_ends_of_length_penalties(length_penalty):
+  """In float32; a lower sum over a power of 2 .. 31 is better the longer, or the shorter, the text is."""
+  got = beam_search(single(), [[1]], 31, 2, length_penalty=length_penalty, stop_tokens=range(1, 9))
+  lengths = [len(text) for text in got.tokens[0]]
+  assert np.isfinite(got.scores).all() and got.scores[0] == sorted(got.scores[0], reverse=True)
+  sums = np.array(got.scores[0]) * np.array(lengths, float) ** length_penalty
+  assert (sums < 0).all() and (sums > -31 * 20).all()
+  assert lengths == sorted(lengths, reverse=length_penalty > 0)
 
 
 def test_on_a_mesh():
@@ -122,18 +146,20 @@ def test_on_a_mesh():
 
 
 def test_lengths_share_programs():
-  one, before = small.model(depth=1), beam._search._cache_size()
+  sizes = []
   for length, new, penalty in ((1, 3, 1.0), (9, 20, 0.5), (30, 32, 2), (4, 7, 0)):
-    got = beam_search(one, [[1] * length], new, 2, length_penalty=penalty)
+    got = beam_search(single(), [[1] * length], new, 2, length_penalty=penalty)
     assert [len(text) for text in got.tokens[0]] == [new, new]
-  assert beam._search._cache_size() == before + 1
+    sizes.append(beam._search._cache_size())
+  assert len(set(sizes)) == 1
 
 
 def test_broken_parameters_are_an_error():
   broken = small.model(depth=1)
   broken.norm.scale[...] = jnp.full(16, jnp.nan)
-  with pytest.raises(FloatingPointError, match=r'prompts\[0\]: the logits were NaN'):
+  with pytest.raises(FloatingPointError, match=r'prompts\[0\]: the logits were NaN') as caught:
     beam_search(broken, [[1], [2]], 2, 2)
+  assert caught.value.prompt == 0
 
 
 @pytest.mark.parametrize(
@@ -144,10 +170,14 @@ def test_broken_parameters_are_an_error():
     ({'max_new_tokens': 0}, 'max_new_tokens=0'),
     ({'beams': 0}, 'beams=0'),
     ({'length_penalty': float('nan')}, 'length_penalty=nan'),
+    ({'length_penalty': 8.5}, r'length_penalty=8\.5 must be a number in -8 .. 8'),
+    ({'length_penalty': -1e10}, 'length_penalty=-1'),
+    ({'length_penalty': -8, 'max_new_tokens': 10_000}, 'length_penalty=-8 with max_new_tokens=10000'),
     ({'length_penalty': '1'}, "length_penalty='1'"),
     ({'early_stopping': 'soon'}, "early_stopping='soon' must be True, False or 'never'"),
     ({'early_stopping': 1}, 'early_stopping=1'),
     ({'stop_tokens': [4]}, 'token=4'),
+    ({'stop_tokens': 3}, 'stop_tokens=3: expected a list of tokens'),
     ({'prefill_chunk': 0}, 'prefill_chunk=0'),
   ],
 )

@@ -1,5 +1,6 @@
 """python -m models.generate: what it writes and where, its bad arguments, and that a stop changes nothing."""
 
+import hashlib
 import io
 import json
 import os
@@ -197,10 +198,54 @@ def test_ctrl_c_on_the_terminal(folder):
   assert last == 'python -m models.generate: stopped'
 
 
+@pytest.mark.parametrize(
+  'error', [MemoryError('no room'), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no room\nx')]
+)
+def test_too_large_for_the_memory(error, run, monkeypatch, capsys):
+  def full(*args, **options):
+    raise error
+
+  monkeypatch.setattr(command, 'stream', full)
+  assert run('--prompt=a') == 2
+  shown = capsys.readouterr().err
+  assert f'do not fit into memory with --max_new_tokens={NEW}, --samples=1 (' in shown and 'no room)' in shown
+  assert shown.endswith('no room)\n')
+  error = jax.errors.JaxRuntimeError('INTERNAL: a bug')  # not a matter of memory
+  with pytest.raises(jax.errors.JaxRuntimeError, match='a bug'):
+    run('--prompt=a')
+
+
+def test_stdin_that_is_no_utf_8(run, monkeypatch, capsys):
+  for errors in ('strict', 'surrogateescape'):
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'a\xff'), encoding='utf-8', errors=errors))
+    assert run('--prompt=-') == 2
+    assert capsys.readouterr().err == 'python -m models.generate: --prompt=-: stdin is not UTF-8\n'
+
+
+def test_input_from_a_pipe(run, tmp_path):
+  """It can be read only once, and what is remembered of it is what was in it."""
+  os.mkfifo(tmp_path / 'pipe')
+  text = b'{"prompt": "hello"}\n'
+  # Who opens it again gets nothing.
+  with subprocess.Popen(
+    ['sh', '-c', 'printf %s "$0" > pipe; while :; do : > pipe; done', text], cwd=tmp_path
+  ) as writer:
+    try:
+      assert run(f'--input={tmp_path}/pipe', f'--output={tmp_path}/out.jsonl') == 0
+    finally:
+      writer.kill()
+  settings = json.loads((tmp_path / 'out.jsonl.settings.json').read_text(encoding='utf-8'))
+  assert settings['input'] == hashlib.sha256(text).hexdigest()
+
+
 BAD = [
   (['--prompt'], 'argument --prompt: expected one argument'),
   (['--promt=a'], 'unrecognized arguments: --promt=a'),
   (['--prompt=a', '--top_k=x'], "argument --top_k: invalid integer value: 'x'"),
+  (['--prompt=a', '--seed=4294967296'], 'argument --seed: 4294967296 must be in 0 .. 4294967295'),
+  (['--prompt=a', '--seed=-1'], 'argument --seed: -1 must be in 0 .. 4294967295'),
+  (['--prompt=a\udcff'], "--prompt='a\\udcff' is not UTF-8"),
+  (['--prompt=a', '--stop=\udcff'], "--stop='\\udcff' is not UTF-8"),
   (['--prompt=a', '--samples=0'], 'argument --samples: 0 must be 1 or more'),
   (['--prompt=a', '--widths=2,,1'], "argument --widths: '2,,1': expected whole numbers"),
   (['--prompt=a', '--dtype=int8'], 'argument --dtype: invalid choice'),

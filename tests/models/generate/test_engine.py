@@ -269,6 +269,32 @@ def test_on_a_mesh(sizes, is_given):
   assert shapes == {((padded, 2, 64, 4), (padded // rows, heads, 64, 4))}
 
 
+@pytest.mark.parametrize('prompts, copies, parts', [(1, 8, 8), (3, 3, 2), (5, 1, 4), (9, 8, 8), (2, 3, 1), (1, 2, 8)])
+def test_rows_of_prompts_are_cut_evenly(prompts, copies, parts):
+  held_by, rows, of_row = prefill._layout(prompts, copies, parts)
+  assert of_row.tolist() == [*np.repeat(range(prompts), copies), *[prompts] * (-prompts * copies % parts)]
+  found = np.take_along_axis(held_by, rows, axis=1).ravel()
+  np.testing.assert_array_equal(found[: prompts * copies], of_row[: prompts * copies])
+  assert held_by.shape[1] <= -(-prompts // parts) + 1
+
+
+@pytest.mark.parametrize('name', ['hybrid', 'scanned'])
+def test_samples_lie_on_all_devices(name):
+  """Three texts of each of three prompts over two devices: ten rows, one of them idle, and what they hold."""
+  prompts = [np.array(row) for row in PROMPTS[1:]]
+  read = lambda: prefill.prefill(prefill.open_model(model(name)), prompts, NEW, 512, 3)
+  want, *want_rows = read()
+  with jax.set_mesh(jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])):
+    got, *got_rows = read()
+  for x, y in zip(got_rows, want_rows):
+    assert len(x) == 10 and x[:9].tolist() == y.tolist()
+  assert got_rows[1][9] == -1 and got.length.sharding.shard_shape(got.length.shape) == (5,)
+  axis = 1 if name == 'scanned' else 0
+  for x, y in zip(jax.tree.leaves(got.layers), jax.tree.leaves(want.layers)):
+    assert x.sharding.shard_shape(x.shape)[axis] == 5
+    np.testing.assert_allclose(np.take(x, range(9), axis), y, rtol=1e-9, atol=1e-12)
+
+
 def test_parameters_of_another_mesh():
   graph, params = states.split(model(vocab=24))
   of = lambda *sizes: jax.make_mesh(sizes, ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
@@ -280,8 +306,18 @@ def test_parameters_of_another_mesh():
 def test_broken_parameters_are_an_error():
   broken = small.model(depth=1, tied_embeddings=False)
   broken.embed.table[...] = broken.embed.table[...].at[5].set(jnp.nan)
-  with pytest.raises(FloatingPointError, match=r'prompts\[1\]: the logits were NaN'):
-    generate(broken, [[1], [1, 5, 1]], 1)
+  with pytest.raises(FloatingPointError, match=r'prompts\[1\]: the logits were NaN') as caught:
+    generate(broken, [[1], [1, 5, 1]], 1, samples=2)
+  assert caught.value.prompt == 1
+
+
+def test_what_is_drawn_from_must_be_sound():
+  """Finite logits that a penalty makes infinite."""
+  large = small.model(depth=1, tied_embeddings=False)
+  large.head.kernel[...] = large.head.kernel[...] * 1e32
+  for options in (Sampling(repetition_penalty=1e-9), Sampling(1.0, repetition_penalty=1e-9)):
+    with pytest.raises(FloatingPointError, match=r'prompts\[0\]'):
+      generate(large, [list(range(23))], 1, sampling=options, key=jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +328,9 @@ def test_broken_parameters_are_an_error():
     ({'prompts': np.ones((1, 0), int)}, 'one token or more'),
     ({'prompts': []}, r'prompts=\[\]'),
     ({'prompts': [[1], []]}, r'prompts\[1\] is float64 \(0,\), expected one token'),
+    ({'prompts': None}, 'prompts=None: expected lists of tokens'),
+    ({'prompts': 5}, 'prompts=5'),
+    ({'prompts': [[1], [1, [2]]]}, r'prompts\[1\] is not even'),
     ({'prompts': [[1.5]]}, r'prompts\[0\] is float64'),
     ({'prompts': [[[1]]]}, r'prompts\[0\] is int64 \(1, 1\)'),
     ({'prompts': np.array([[1, 23]])}, r'prompts\[0\] holds token 23, expected 0 .. 22'),
@@ -310,7 +349,14 @@ def test_broken_parameters_are_an_error():
     ({'sampling': Sampling(1.0), 'key': jax.random.split(jax.random.key(0))}, r'key is key<fry> \(2,\)'),
     ({'sampling': Sampling(1.0), 'key': jax.random.key(0, impl='rbg')}, 'threefry2x32'),
     ({'stop_tokens': [1, 23]}, r'stop_tokens: token=23 must be an integer in 0 .. 22'),
+    ({'sampling': Sampling(1.0), 'key': 0}, r'key is int64 \(\), expected one key'),
+    ({'sampling': Sampling(1.0), 'key': np.zeros(3, np.uint32)}, r'key is uint32 \(3,\)'),
+    ({'stop_tokens': 5}, 'stop_tokens=5: expected a list of tokens'),
+    ({'stop_tokens': None}, 'stop_tokens=None'),
+    ({'stop_strings': None}, 'stop_strings=None: expected a list of texts'),
     ({'stop_strings': ['x']}, 'need a tokenizer'),
+    ({'tokenizer': 3}, 'tokenizer=3 has no decode'),
+    ({'model': 3}, 'model is a int without init_cache, extend_hidden, logits'),
     ({'stop_strings': [''], 'tokenizer': Letters()}, 'stop_strings'),
   ],
 )

@@ -1,6 +1,8 @@
 """models.generate.files: what goes in and out, and that a stop at any byte changes nothing."""
 
+import hashlib
 import json
+import os
 import random
 
 import pytest
@@ -142,6 +144,43 @@ def test_a_file_of_something_else(tmp_path):
   assert path.read_text() == 'keep me'
 
 
+def test_a_folder_as_output(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for path in ('.', tmp_path, '/'):
+    with pytest.raises(ValueError, match=f'output {path}: is a folder, expected the name of a file'):
+      make(path)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('text', ['[]', '"a"', '{"a"', '[' * 200_000])
+def test_damaged_settings(text, whole, tmp_path):
+  path = tmp_path / 'out.jsonl'
+  path.write_bytes(whole.read_bytes())
+  (tmp_path / 'out.jsonl.settings.json').write_text(text)
+  with pytest.raises(
+    ValueError, match=r'out\.jsonl\.settings\.json: expected the settings that .*out\.jsonl was begun with'
+  ):
+    make(path)
+  assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize('number, told', [(1, r"line 2 \(id 'b'\)"), (None, r"line 3 \(id 3\), line 2 \(id 'b'\)")])
+def test_nan_names_the_line(number, told, tmp_path):
+  """Of a batch in which the second line stands behind the third."""
+  given = read(tmp_path, '{"prompt": "a"}\n{"prompt": "abcd", "id": "b"}\n{"prompt": "ab"}')[1:]
+
+  def compute(batch_number, batch):
+    error = FloatingPointError('prompts[1]: NaN' if number else 'NaN')
+    error.prompt = number
+    raise error
+
+  with (
+    files.Output(tmp_path / 'out.jsonl', given, SAMPLES, SETTINGS) as output,
+    pytest.raises(FloatingPointError, match=f'^{told}: NaN$'),
+  ):
+    files.run(given, output, compute, SAMPLES, BATCH)
+
+
 def test_two_processes(tmp_path):
   path = tmp_path / 'out.jsonl'
   with files.Output(path, prompts(), SAMPLES, SETTINGS), pytest.raises(ValueError, match='another process writes it'):
@@ -152,7 +191,9 @@ def test_two_processes(tmp_path):
 def read(tmp_path, text, **options):
   path = tmp_path / 'in.jsonl'
   path.write_bytes(text if isinstance(text, bytes) else text.encode())
-  return files.read(path, ByteTokenizer(), **{'vocab': 257, 'room': 5, **options})
+  found, content = files.read(path, ByteTokenizer(), **{'vocab': 257, 'room': 5, **options})
+  assert content == hashlib.sha256(path.read_bytes()).hexdigest()
+  return found
 
 
 def test_input(tmp_path):
@@ -160,9 +201,9 @@ def test_input(tmp_path):
     tmp_path, '{"prompt": "é", "kind": [1]}\n\n {"tokens": [1, 256], "id": "a"}\r\n{"prompt": "x", "id": null}'
   )
   assert found == [
-    ({'id': 1, 'prompt': 'é', 'kind': [1]}, [256, 0xC3, 0xA9]),
-    ({'id': 'a', 'tokens': [1, 256]}, [1, 256]),
-    ({'id': None, 'prompt': 'x'}, [256, 120]),
+    ({'id': 1, 'prompt': 'é', 'kind': [1]}, [256, 0xC3, 0xA9], 1),
+    ({'id': 'a', 'tokens': [1, 256]}, [1, 256], 3),
+    ({'id': None, 'prompt': 'x'}, [256, 120], 4),
   ]
   line = json.loads(files.line(found[1], 3, Row('t', [7], [-1.0], 'length'), has_log_probs=False))
   assert line == {'id': 'a', 'text': 't', 'tokens': [7], 'finish': 'length', 'index': 3}
@@ -183,6 +224,7 @@ BAD = {
   '{"prompt": "abcde"}': '6 tokens are too many, expected 5 or fewer',
   '{"prompt": "a", "text": "b"}': "has an entry 'text'",
   '{"prompt": "\\ud800"}': 'is not UTF-8',
+  '[' * 200_000: 'has lists or objects within each other that are too deep',
 }
 
 
@@ -199,14 +241,45 @@ def test_all_bad_lines_are_named(tmp_path):
     read(tmp_path, '\n')
 
 
-def test_fingerprint(tmp_path):
+def write(folder, name, content, time=10**18):
+  (folder / name).write_bytes(content)
+  os.utime(folder / name, ns=(time, time))
+
+
+def test_fingerprint_of_all(tmp_path):
+  """A change of any byte counts, and only of the files that a model is loaded from."""
+  size = 10_000
   for name in ('config.json', 'model.safetensors', 'out.jsonl'):
-    (tmp_path / name).write_bytes(bytes(3 * files.EDGE))
+    write(tmp_path, name, bytes(size))
   first = files.fingerprint(tmp_path)
-  (tmp_path / 'out.jsonl').write_bytes(b'')
+  write(tmp_path, 'out.jsonl', b'')
+  write(tmp_path, 'model.safetensors', bytes(size), time=10**18 + 1)
   assert files.fingerprint(tmp_path) == first
-  for place in (5, -5):
-    changed = bytearray(3 * files.EDGE)
+  found = {first}
+  for place in (5, 4999, 9999):
+    changed = bytearray(size)
     changed[place] = 1
-    (tmp_path / 'model.safetensors').write_bytes(changed)
-    assert files.fingerprint(tmp_path) != first
+    write(tmp_path, 'model.safetensors', changed)
+    found.add(files.fingerprint(tmp_path))
+  assert len(found) == 4
+
+
+def test_fingerprint_of_a_large_folder(tmp_path, monkeypatch):
+  """Sizes and times, small files whole, and of large ones some places from the first to the last."""
+  for name, value in {'WHOLE': 1000, 'SAMPLES': 4, 'SAMPLE': 10}.items():
+    monkeypatch.setattr(files, name, value)
+  size = 1000  # samples from 0, 330, 660 and 990
+  write(tmp_path, 'config.json', bytes(30))
+  write(tmp_path, 'model.safetensors', bytes(size))
+  first = files.fingerprint(tmp_path)
+  for place, is_seen in [(0, True), (9, True), (10, False), (330, True), (669, True), (989, False), (999, True)]:
+    changed = bytearray(size)
+    changed[place] = 1
+    write(tmp_path, 'model.safetensors', changed)
+    assert (files.fingerprint(tmp_path) != first) == is_seen, place
+  write(tmp_path, 'model.safetensors', bytes(size), time=10**18 + 1)
+  assert files.fingerprint(tmp_path) != first
+  write(tmp_path, 'model.safetensors', bytes(size))
+  assert files.fingerprint(tmp_path) == first
+  write(tmp_path, 'config.json', bytes(15) + b'a' + bytes(14))
+  assert files.fingerprint(tmp_path) != first

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,12 @@ def test_kept_matches_oracle(top_k, top_p, min_p):
 
 def test_top_p_stops_where_it_is_reached():
   np.testing.assert_array_equal(kept(jnp.array([[1.0, 1.0]]), 0, 0.5), [[True, False]])
+
+
+@pytest.mark.parametrize('top_p', [1e-38, 1e-40, 1e-300])
+def test_the_lowest_top_p_keeps_one(top_p):
+  """Some are 0 in float32."""
+  np.testing.assert_array_equal(kept(jnp.array([[1.0, 3.0, 2.0]]), 0, top_p), [[False, True, False]])
 
 
 def test_top_p_of_one_keeps_what_rounding_would_cut():
@@ -120,6 +127,17 @@ def test_the_lowest_temperature_is_greedy():
     np.testing.assert_array_equal(jnp.exp(got), [[0, 0, 0, 1]])
 
 
+@pytest.mark.parametrize('temperature', [1e-30, 1e30])
+@pytest.mark.parametrize('penalty', [1e-9, 1e9])
+@pytest.mark.parametrize('filters', [{}, {'top_p': 0.999, 'min_p': 1e-45}])
+def test_the_ends_of_the_ranges_are_sound(temperature, penalty, filters):
+  options = Sampling(temperature, repetition_penalty=penalty, **filters)
+  options.check(4)
+  got = sampling.adjusted(jnp.array([-jnp.inf, 30.0, -30.0, 0.0]), options, jnp.array([True, True, True, False]))
+  assert got[0] == -jnp.inf and not jnp.isnan(got).any()
+  np.testing.assert_allclose(jnp.exp(got).sum(), 1, rtol=1e-6)
+
+
 def test_greedy_takes_the_lower_of_equals_and_no_token_that_is_cut():
   got = sampling.adjusted(jnp.array([[-jnp.inf, 2.0, 2.0], [-jnp.inf, -jnp.inf, -9.0]]), Sampling())
   np.testing.assert_array_equal(got, [[-np.inf, 0, -np.inf], [-np.inf, -np.inf, 0]])
@@ -130,10 +148,10 @@ def test_greedy_takes_the_lower_of_equals_and_no_token_that_is_cut():
 def test_numbers_compile_nothing_kinds_do():
   adjusted = jax.jit(lambda *args: sampling.adjusted(*args))  # with a cache of its own
   run = lambda **options: adjusted(jnp.asarray(LOGITS), Sampling(**options), jnp.ones(6, bool))
-  for options in ({'temperature': 1.0}, {'temperature': 2}, {'temperature': 0.3}):
-    run(**options)
+  for temperature in (1.0, 2, 0.3, np.float32(1), np.float64(0.5), np.int64(3), Fraction(1, 3)):
+    run(temperature=temperature)
   assert adjusted._cache_size() == 1
-  for options in ({'top_k': 2}, {'top_k': 3, 'top_p': 0.9}, {'min_p': 0.1}):
+  for options in ({'top_k': 2}, {'top_k': np.int32(3), 'top_p': np.float32(0.9)}, {'min_p': 0.1}):
     run(temperature=1.0, **options)
   assert adjusted._cache_size() == 2
   run()
@@ -153,10 +171,13 @@ def test_the_kind_follows_the_numbers():
 @pytest.mark.parametrize(
   'changes, words',
   [
-    ({'temperature': -1.0}, 'temperature=-1.0 must be a finite number, 0 or more'),
+    ({'temperature': -1.0}, r'temperature=-1.0 must be 0 or in 1e-30 .. 1e30'),
     ({'temperature': float('nan')}, 'temperature=nan'),
     ({'temperature': float('inf')}, 'temperature=inf'),
     ({'temperature': True}, 'temperature=True'),
+    ({'temperature': 1e39}, r'temperature=1e\+39'),
+    ({'temperature': 1e-45}, 'temperature=1e-45'),
+    ({'temperature': 10**400}, 'temperature has more digits'),
     ({'top_k': -1}, r'top_k=-1 must be an integer in 0 .. 23'),
     ({'top_k': 24}, 'top_k=24'),
     ({'top_k': 2.0}, r'top_k=2\.0'),
@@ -164,8 +185,10 @@ def test_the_kind_follows_the_numbers():
     ({'top_p': 1.1}, 'top_p=1.1'),
     ({'min_p': -0.1}, 'min_p=-0.1 must be between 0 and 1'),
     ({'min_p': 1.5}, 'min_p=1.5'),
-    ({'repetition_penalty': 0.0}, 'repetition_penalty=0.0 must be a finite number above 0'),
+    ({'repetition_penalty': 0.0}, 'repetition_penalty=0.0 must be in 1e-9 .. 1e9'),
     ({'repetition_penalty': float('inf')}, 'repetition_penalty=inf'),
+    ({'repetition_penalty': 1e-45}, 'repetition_penalty=1e-45'),
+    ({'repetition_penalty': 1e39}, r'repetition_penalty=1e\+39'),
     ({'temperature': '1'}, "temperature='1' must be a number"),
     ({'top_p': None}, 'top_p=None must be a number'),
   ],

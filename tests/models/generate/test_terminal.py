@@ -41,6 +41,14 @@ def test_control_characters():
     assert out.getvalue() == want
 
 
+def test_what_is_text_stays():
+  """Spaces of all kinds, joiners, soft hyphens and marks; not what moves the cursor or turns the line round."""
+  text = 'a\u3000b\u00a0c\u200bd\u200de\u200cf\u00adg\u2009\u0301\U0001f469\u200d\U0001f4bb\ue000\n\t'
+  assert terminal.visible(text) == text
+  moving = '\x00\x07\r\x1b\x7f\x9b\ud800\u2028\u2029\u202a\u202e\u2066\u2069'
+  assert terminal.visible(moving) == '\ufffd' * len(moving)
+
+
 def test_clock():
   times = iter([10.0, 12.5, 12.5, 16.5])
   clock = terminal.Clock(lambda: next(times))

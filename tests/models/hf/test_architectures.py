@@ -215,6 +215,19 @@ def test_longrope_keeps_both_lists_in_settings(length):
     architectures.config_json(form, config, settings)
 
 
+@pytest.mark.parametrize('length', [None, 8])
+@pytest.mark.parametrize('factor', [1.0, 9.0])
+def test_longrope_with_a_factor_of_its_own_keeps_the_lengths(factor, length):
+  """A factor that is not the quotient of the lengths is written, and neither length is made to fit it."""
+  record = {'architectures': ['Phi3ForCausalLM'], **SMALL, 'original_max_position_embeddings': 8}
+  record |= {'max_position_embeddings': 64, 'rope_scaling': {'type': 'longrope', **LONG, 'factor': factor}}
+  form = architectures.find('Phi3ForCausalLM')
+  config = architectures.read_config(record, length)
+  written = architectures.config_json(form, config, form.settings(record))
+  assert written['max_position_embeddings'] == 64 and written['rope_scaling']['factor'] == factor
+  assert architectures.read_config(written, length) == config
+
+
 def test_settings_are_what_the_config_does_not_hold():
   form = architectures.find('LlamaForCausalLM')
   settings = form.settings(published.LLAMA31_8B)

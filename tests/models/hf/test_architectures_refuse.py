@@ -30,6 +30,18 @@ UNREADABLE = [
     {'rope_scaling': {'type': 'linear', 'factor': 2.0}, 'rope_parameters': {'rope_type': 'linear', 'factor': 3.0}},
     'beside rope_scaling=',
   ),
+  ('LlamaForCausalLM', {'rope_scaling': {'rope_type': ['x']}}, "rope_type=['x'] (expected one of"),
+  ('LlamaForCausalLM', {'rope_theta': 10**400}, '(expected float)'),
+  ('LlamaForCausalLM', {'rope_scaling': {'type': 'yarn', 'factor': -3, 'mscale': 1, 'mscale_all_dim': 2}}, 'factor=-3'),
+  ('LlamaForCausalLM', {'model_type': 'mistral', 'sliding_window': 4}, "model_type='mistral': expected 'llama'"),
+  ('LlamaForCausalLM', {'num_hidden_layers': 10**8}, 'num_hidden_layers=100000000, expected at most 1024'),
+  ('LlamaForCausalLM', {'head_dim': 2 * 10**9}, 'head_dim=2000000000, expected at most 65536'),
+  ('Qwen2ForCausalLM', {'layer_types': [{}] * 4}, 'layer_types=[{}, {}'),
+  (
+    'Gemma3ForConditionalGeneration',
+    {'text_config': {'final_logit_softcapping': 3.0}},
+    'final_logit_softcapping=3.0 in text_config (expected null)',
+  ),
   ('LlamaForCausalLM', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5 (expected 1.0)'),
   ('LlamaForCausalLM', {'quantization_config': {'quant_method': 'gptq'}}, "quant_method='gptq' (expected none)"),
   ('LlamaForCausalLM', {'per_layer_config': {'0': {'hidden_size': 2}}}, 'per_layer_config='),
@@ -170,6 +182,7 @@ def test_native_form_names_all_that_is_wrong():
     (['Qwen3MoeForCausalLM'], "nearest is 'Qwen3ForCausalLM' of LlamaForCausalLM, MistralForCausalLM"),
     (None, 'architectures=None, expected one of'),
     ([], r'architectures=\[\]'),
+    ([{}], r'architectures=\[{}\]'),
     (['LlamaForCausalLM', 'MistralForCausalLM'], 'expected one of'),
   ],
 )
@@ -179,7 +192,7 @@ def test_unknown_architectures(names, words):
 
 
 def test_length_must_be_positive():
-  with pytest.raises(ValueError, match='length=0 must be at least 1'):
+  with pytest.raises(ValueError, match='length=0 must be a whole number of at least 1'):
     read('LlamaForCausalLM', 0)
 
 

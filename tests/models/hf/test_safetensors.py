@@ -315,3 +315,14 @@ def test_two_checkpoints_in_a_folder_are_refused(tmp_path):
   os.replace(tmp_path / 'other' / safetensors.SINGLE, tmp_path / safetensors.SINGLE)
   with pytest.raises(ValueError, match='found both'):
     safetensors.Folder(tmp_path)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+  """A named pipe would be waited for, a device has no end."""
+  os.mkfifo(tmp_path / 'pipe.safetensors')
+  for path in (tmp_path / 'pipe.safetensors', '/dev/zero', tmp_path):
+    with pytest.raises(ValueError, match='expected a file'):
+      safetensors.File(path)
+  os.rename(tmp_path / 'pipe.safetensors', tmp_path / safetensors.SINGLE)
+  with pytest.raises(ValueError, match=r'expected model\.safetensors'):
+    safetensors.Folder(tmp_path)

@@ -95,6 +95,15 @@ def test_more_ids_than_the_model(config, tmp_path):
     ({'config.json': '{"tokenizer": "bytes"}', 'tokenizer.json': '{}'}, 'expected one tokenizer, found'),
     ({'config.json': '{"tokenizer": "bytes", "decoder": {"vocab": 256}}'}, r'has ids 0 .. 256, the model 0 .. 255'),
     ({'config.json': '{"tokenizer"'}, 'config.json: expected JSON'),
+    ({'config.json': '{"decoder": null}'}, 'config.json: decoder=None, expected a JSON object or no such entry'),
+    (
+      {'config.json': '{"vocab_size": 9, "text_config": null}'},
+      'config.json: text_config=None, expected a JSON object',
+    ),
+    ({'config.json': '{"vocab_size": "40"}'}, "config.json: vocab_size='40', expected a whole number of 1 or more"),
+    ({'config.json': '{"vocab_size": true}'}, 'config.json: vocab_size=True, expected a whole number'),
+    ({'config.json': '{"decoder": {"vocab": "x"}}'}, "config.json: decoder.vocab='x', expected a whole number"),
+    ({'config.json': '{"text_config": {"vocab_size": 0}}'}, 'config.json: text_config.vocab_size=0, expected a whole'),
     ({'config.json': '[]'}, 'config.json: expected a JSON object, found list'),
   ],
 )
