@@ -159,7 +159,7 @@ def usage():
       if dataclasses.is_dataclass(value):
         lines.append('')
         describe(value, f'{prefix}.{name}')
-      elif isinstance(value, list):
+      elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
         describe(value[0], f'{prefix}.{name}[0]')
       else:
         lines.append(f'  --{prefix}.{name}={value!r}\n        {told.get(name, "")}')
