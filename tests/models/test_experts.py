@@ -80,7 +80,10 @@ def test_tiles_follow_the_rows():
   assert sorted(counted) == [1, 1, 4]
 
 
-@pytest.mark.parametrize('changes', [{}, {'layers': small.HYBRID, 'scan': True, 'remat': 'full', 'depth': 4}])
+SCANNED = {'layers': small.HYBRID, 'scan': True, 'remat': 'full', 'depth': 4}
+
+
+@pytest.mark.parametrize('changes', [{}, pytest.param(SCANNED, marks=pytest.mark.long)])
 def test_gradients_are_the_same_on_a_mesh(changes):
   model = small.model(**MIXTURE, **changes, vocab=24)
   tokens = small.tokens(batch=4)

@@ -106,7 +106,7 @@ def test_rejects(changes, words):
 def test_accept_rejects():
   model = small.model(**PATTERNS['hybrid'])
   cache = model.init_cache(2, 8)
-  _, pending = model.look(np.ones((2, 3), int), np.tile(np.arange(3, dtype=np.int32), (2, 1)), cache)
+  _, pending = look(model, np.ones((2, 3), int), np.tile(np.arange(3, dtype=np.int32), (2, 1)), cache, None, None)
   with pytest.raises(ValueError, match=r'index has shape \(2, 2\) and positions \(2, 3\)'):
     cache.accept(pending, np.zeros((2, 2), int), np.zeros((2, 3), np.int32))
 

@@ -73,6 +73,7 @@ def test_greedy_equals_teacher_forcing(name, chunk):
   check_greedy(model(name), generate(model(name), PROMPTS, NEW, prefill_chunk=chunk))
 
 
+@pytest.mark.long
 def test_half_precision():
   one = model(dtype='bfloat16')
   got = generate(one, PROMPTS, NEW)

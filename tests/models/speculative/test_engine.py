@@ -63,7 +63,7 @@ def oracle(name, new=NEW):
   return texts
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', [pytest.param(x, marks=[pytest.mark.long] * (x == 'scanned')) for x in CASES])
 def test_greedy_equals_teacher_forcing(name):
   got, statistics = speculative.generate(*models(name), PROMPTS, NEW, widths=TREES[name])
   for tokens, log_probs, finish, want in zip(got.tokens, got.log_probs, got.finish, oracle(name)):
