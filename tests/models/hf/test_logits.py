@@ -1,6 +1,6 @@
 """models.hf against the published PyTorch classes: logits and greedy choices that cases/make.py stored.
 
-The files hold no weights: those follow from the names of the tensors, by the same function here and there.
+The files hold no weights: those follow from the names of the tensors, by the function that make.py uses.
 """
 
 import dataclasses
@@ -8,7 +8,6 @@ import functools
 import json
 import pathlib
 import tempfile
-import zlib
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 from models import hf, state
 from models.generate import generate
 from models.hf import architectures
+from tests.models.hf.cases.make import value
 
 CASES = pathlib.Path(__file__).parent / 'cases'
 NAMES = sorted(path.stem for path in CASES.glob('*.json'))
@@ -27,25 +27,6 @@ CHUNK = 8
 LONG = ('llama3', 'llama_linear', 'llama_tied', 'llama_yarn', 'phi3_short', 'gpt_oss_mxfp4', 'gemma3_images')
 
 GENERATED = ('gemma3', 'gpt_oss', 'qwen2')  # one pass through the loop of models.generate is enough for `make test`
-
-
-def value(name, shape):
-  """The tensor that every case has under this name; see cases/make.py."""
-  rng = np.random.default_rng(zlib.crc32(name.encode()))
-  if name.endswith(('_blocks', '_scales')):
-    return rng.integers(*((0, 256) if name.endswith('_blocks') else (122, 127)), shape).astype(np.uint8)
-  x = rng.standard_normal(shape)
-  if name.endswith('norm.weight'):
-    x = 1 + 0.3 * x
-  elif name.endswith('bias') or len(shape) == 1:
-    x = 0.3 * x
-  elif 'experts' in name:
-    x = 4 * x / np.sqrt(shape[-2])
-  elif 'embed_tokens' in name:
-    x = 0.5 * x
-  else:
-    x = (5 if 'lm_head' in name else 1.5) * x / np.sqrt(shape[-1])
-  return x.astype(np.float32)
 
 
 @functools.cache

@@ -172,7 +172,7 @@ CASES = {
 
 
 def value(name, shape):
-  """The tensor that every case has under this name. test_logits.py has the same function."""
+  """The tensor that every case has under this name, here and in test_logits.py."""
   rng = np.random.default_rng(zlib.crc32(name.encode()))
   if name.endswith(('_blocks', '_scales')):  # MXFP4: two numbers a byte; the power of two of 32 of them, plus 127
     return rng.integers(*((0, 256) if name.endswith('_blocks') else (122, 127)), shape).astype(np.uint8)
