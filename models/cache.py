@@ -70,16 +70,17 @@ class ModelCache:
     """Every row `copies` times, next to each other: row b becomes rows b * copies, ..., (b + 1) * copies - 1."""
     if copies < 1:
       raise ValueError(f'copies={copies} must be at least 1')
-    repeat = lambda axis: lambda x: jnp.repeat(x, copies, axis=axis)
-    return dataclasses.replace(
-      self,
-      layers=jax.tree.map(repeat(1 if self.is_scanned else 0), self.layers),
-      length=repeat(0)(self.length),
-      reach=repeat(0)(self.reach),
-    )
+    return self.take(jnp.repeat(jnp.arange(len(self.length)), copies))
 
   def take(self, rows):
-    """The cache whose row i is row rows[i] of this one; rows [R] int, in any order and as often as wanted."""
+    """The cache whose row i is row rows[i] of this one; rows [R] int, in any order and as often as wanted.
+
+    Raises:
+      ValueError: rows are not integers [R].
+    """
+    rows = jnp.asarray(rows)
+    if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+      raise ValueError(f'rows are {rows.dtype} {rows.shape}, expected integers [R]')
     take = lambda axis: lambda x: jnp.take(x, rows, axis=axis)
     return dataclasses.replace(
       self,

@@ -125,3 +125,10 @@ def test_rows_that_lost_entries_give_nan():
   cache = cache.accept(pending, np.array([[0, 1], [0, 1]]), np.array([[7, 8], [6, 7]], np.int32))
   got, _ = look(model, tokens[:, :2], np.array([[9, 10], [8, 9]], np.int32), cache, None, None)
   assert np.isnan(got[0]).all() and np.isfinite(got[1]).all()
+
+
+def test_take_rejects():
+  cache = small.model(**PATTERNS['hybrid']).init_cache(2, 8)
+  for rows, words in ((np.array([0.0]), 'rows are float32'), (1, r'rows are int32 \(\), expected integers \[R\]')):
+    with pytest.raises(ValueError, match=words):
+      cache.take(rows)
