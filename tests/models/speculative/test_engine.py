@@ -44,7 +44,9 @@ def models(name):
 
 
 TREES = {'windows': RAGGED, 'scanned': (1, 1), 'rings': (2, 2), 'scanned draft': (1, 1, 1, 1)}
-CASES = ['windows', 'scanned', *[pytest.param(name, marks=pytest.mark.long) for name in ('rings', 'scanned draft')]]
+# Two cases suffice where every round is looked at, and other two where texts are: each of the rest is `long`.
+ROUNDS = [pytest.param(name, marks=[pytest.mark.long] * (name in ('rings', 'scanned draft'))) for name in TREES]
+TEXTS = [pytest.param(name, marks=[pytest.mark.long] * (name == 'scanned')) for name in TREES]
 
 
 @functools.cache
@@ -63,7 +65,7 @@ def oracle(name, new=NEW):
   return texts
 
 
-@pytest.mark.parametrize('name', [pytest.param(x, marks=[pytest.mark.long] * (x == 'scanned')) for x in CASES])
+@pytest.mark.parametrize('name', TEXTS)
 def test_greedy_equals_teacher_forcing(name):
   got, statistics = speculative.generate(*models(name), PROMPTS, NEW, widths=TREES[name])
   for tokens, log_probs, finish, want in zip(got.tokens, got.log_probs, got.finish, oracle(name)):
@@ -79,7 +81,7 @@ def test_greedy_equals_teacher_forcing(name):
     assert 0 < statistics.acceptance[0] < 1 and statistics.accepted.sum(0).all()
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', ROUNDS)
 def test_caches_hold_exactly_the_text(name, monkeypatch):
   """After every round: the entries are those of a fresh cache that read the text but for its last token (or two)."""
   states = []
