@@ -6,14 +6,12 @@ start of a run; nothing changes it afterwards.
 
 import copy
 import dataclasses
-import math
 import typing
 
-from models.config import DecoderConfig, at_least, one_of
+from models.config import DecoderConfig
 
 SEPARATOR = 256  # token id of the document separator; ids below are bytes
 TOKENS = 257  # ids the byte tokenizer uses
-SCHEDULES = ('constant', 'cosine', 'wsd')
 MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
 
 
@@ -22,22 +20,57 @@ class UserError(ValueError):
 
 
 @dataclasses.dataclass
-class DataConfig:
-  """Which text, and how it is cut into batches.
+class SourceConfig:
+  """One part of a mixture.
 
   Attributes:
-    source: 'python_stdlib' (the .py files of the running Python's library), or paths, folders and globs of text files,
+    source: as data.source.
+    weight: rows of this part are drawn in proportion to it.
+    format: as data.format.
+    field: as data.field.
+  """
+
+  source: str = ''
+  weight: float = 1.0
+  format: str = ''
+  field: str = 'text'
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """Which text, and how it is cut into batches. See docs/data.md.
+
+  Attributes:
+    source: 'python_stdlib' (the .py files of the running Python's library), or paths, folders and globs of files,
       separated by commas.
-    held_out: paths of text files to evaluate on; '' holds out a part of source, split by top-level folder or file.
-    held_out_percent: share of the bytes of source that is held out, when held_out is ''.
+    format: of these files: 'text' (a document a file), 'jsonl' (a document a line), 'parquet' (a document a row),
+      'tokens' (.npy arrays of token ids); '' goes by their names.
+    field: what holds the document in a line of JSONL or a row of Parquet: a text, or a list of token ids.
+    mixture: parts that rows are drawn from by weight; where there are any, source, format and field are not read.
+    tokenizer: 'bytes'; a tokenizer.json, or a folder with one; 'none' where the data is token ids already.
+    separator: token before each document: its text or its number; '' means 256 for bytes and the end-of-text token
+      that the tokenizer's folder names.
+    packing: 'stream' cuts rows from all documents one after the other; 'documents' puts whole ones together in a row
+      as they fit; 'single' has one a row.
+    prepared: folder where runs share prepared tokens; '' keeps them in WORKDIR/data.
+    held_out: paths of files to evaluate on; '' holds out a part of source: of text files by top-level folder or file,
+      of the rest by document.
+    held_out_percent: share of source that is held out, when held_out is ''.
     split_seed: another seed holds out other packages.
-    bad_files: 'error' stops at an unreadable, empty, binary or badly encoded file and names it; 'skip' leaves such
-      files out and counts them.
-    seq_len: tokens a row; a token is a byte or the separator between files.
+    bad_files: 'error' stops at an unreadable, empty, binary or badly encoded file or document and names it; 'skip'
+      leaves them out and counts them.
+    seq_len: tokens a row.
     batch: rows a step, over all devices.
   """
 
   source: str = 'python_stdlib'
+  format: str = ''
+  field: str = 'text'
+  mixture: list[SourceConfig] = dataclasses.field(default_factory=list)
+  tokenizer: str = 'bytes'
+  separator: str = ''
+  packing: str = 'stream'
+  prepared: str = ''
   held_out: str = ''
   held_out_percent: float = 3.0
   split_seed: int = 0
@@ -47,10 +80,28 @@ class DataConfig:
 
 
 @dataclasses.dataclass
-class OptimizerConfig:
-  """AdamW and its learning rate.
+class GroupConfig:
+  """Parameters that are optimized in another way. The first group that matches a parameter counts.
 
   Attributes:
+    match: regular expression that a whole path, such as blocks.0.mixer.q.kernel, must match.
+    method: 'adamw' or 'muon'; '' means optimizer.method.
+    rate: factor on the learning rate.
+    decay: factor on the weight decay.
+  """
+
+  match: str = ''
+  method: str = ''
+  rate: float = 1.0
+  decay: float = 1.0
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+  """AdamW or Muon, and the learning rate.
+
+  Attributes:
+    method: 'adamw'; 'muon' (of the matrices inside layers; AdamW has the rest).
     learning_rate: the highest one.
     schedule: 'constant'; 'cosine' (falls over the whole run); 'wsd' (warmup, stable, then falls in a straight line).
     warmup_steps: steps in which the rate rises from 0; 0 means none.
@@ -59,10 +110,15 @@ class OptimizerConfig:
     b1: decay of the mean of gradients.
     b2: decay of the mean of squared gradients.
     eps: added to the root of the latter.
+    momentum: of Muon.
     weight_decay: on matrices; scales and biases have none.
     clip_norm: gradients with a larger global norm are scaled down to it; 0 means never.
+    trainable: regular expression that a whole path must match to be trained; the rest is frozen. '' means all, or,
+      with adapters, the adapters only.
+    groups: of parameters that are optimized in another way.
   """
 
+  method: str = 'adamw'
   learning_rate: float = 1e-3
   schedule: str = 'wsd'
   warmup_steps: int = 100
@@ -71,8 +127,11 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
+  momentum: float = 0.95
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  trainable: str = ''
+  groups: list[GroupConfig] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -83,6 +142,12 @@ class TrainConfig:
     steps: optimizer steps of the whole run.
     accumulate: parts a batch is computed in, one after the other, to save memory; the result is the same.
     loss_chunk: positions whose logits are held at a time; 0 means all of a row.
+    z_loss: factor on the squared log of the sum of exponentials of the logits, which keeps it near 0; 0 means none.
+    ema_decay: of an average of the parameters, which is evaluated and exported in their place; 0 means none.
+    skip_nonfinite: steps of the run, at most, whose loss or gradient may be infinite or NaN and which are then left
+      out; 0 stops at the first.
+    init_from: folder of a run, or of a checkpoint that models.hf reads, whose parameters are the first ones; '' makes
+      random ones.
     profile_steps: steps to record a profile of, from the 10th after the start, in WORKDIR/profile; 0 means none.
     peak_flops: FLOP/s of one device (of the whole machine on CPU), for model FLOPs use; 0 means from a table, or
       measured on CPU.
@@ -91,8 +156,37 @@ class TrainConfig:
   steps: int = 1000
   accumulate: int = 1
   loss_chunk: int = 0
+  z_loss: float = 0.0
+  ema_decay: float = 0.0
+  skip_nonfinite: int = 0
+  init_from: str = ''
   profile_steps: int = 0
   peak_flops: float = 0.0
+
+
+@dataclasses.dataclass
+class DistillConfig:
+  """Learning from a teacher beside the text. See train/distill.py for the formulas.
+
+  Attributes:
+    teacher: folder of a run, or of a checkpoint that models.hf reads; '' means none, and the rest is not read.
+    labels: weight of the cross entropy with the text.
+    outputs: weight of the divergence from the teacher's distribution.
+    temperature: of both distributions in it.
+    divergence: 'forward', 'reverse' or 'jensen'.
+    features: weight of the distance between hidden states.
+    attention: weight of the distance between the outputs of attention.
+    layers: of the student that the last two compare; [] means all.
+  """
+
+  teacher: str = ''
+  labels: float = 0.5
+  outputs: float = 0.5
+  temperature: float = 1.0
+  divergence: str = 'forward'
+  features: float = 0.0
+  attention: float = 0.0
+  layers: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -165,10 +259,11 @@ class Config:
 
   Attributes:
     seed: of initial parameters and the order of rows.
-    model: see models/config.py; model.vocab must hold the 257 ids of the tokenizer.
+    model: see models/config.py; model.vocab must hold the ids of the tokenizer, 257 for bytes.
     data: see DataConfig.
     optimizer: see OptimizerConfig.
     train: see TrainConfig.
+    distill: see DistillConfig.
     mesh: see MeshConfig.
     eval: see EvalConfig.
     checkpoint: see CheckpointConfig.
@@ -180,6 +275,7 @@ class Config:
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -188,7 +284,10 @@ class Config:
 
 # A run may go on after a change of these: they do not say what is computed (mesh: up to rounding), or, as the number of
 # steps, are meant to be changed.
-CHANGEABLE = ('train.steps', 'train.profile_steps', 'train.peak_flops', 'mesh.', 'eval.', 'checkpoint.', 'log.')
+CHANGEABLE = (
+  'train.steps', 'train.profile_steps', 'train.peak_flops', 'train.skip_nonfinite', 'data.prepared', 'mesh.', 'eval.',
+  'checkpoint.', 'log.',
+)  # fmt: skip
 
 
 def load(config):
@@ -197,94 +296,11 @@ def load(config):
   Raises:
     UserError: names the field, its value and what was expected.
   """
+  from train import checks  # which reads this module
+
   config = copy.deepcopy(config)
-  if not isinstance(config, Config):
-    raise UserError(f'config is a {type(config).__name__}, expected train.config.Config')
-  check_types(config)
-  try:
-    _check_numbers(config)
-    config.model.validate('model')
-  except ValueError as error:
-    raise UserError(str(error)) from error
-  _check_fit(config)
+  checks.check(config)
   return config
-
-
-def check_types(record, name=''):
-  """UserError for a field, at any depth, that is not declared, or whose value is of another type or not finite."""
-  hints = typing.get_type_hints(type(record))
-  if unknown := [key for key in vars(record) if key not in hints]:  # set by a config file: Python lets it pass
-    raise UserError(f'{name}{unknown[0]}: {type(record).__name__} has no such field; it has {", ".join(hints)}')
-  for field in dataclasses.fields(record):
-    value, kind, path = getattr(record, field.name), hints[field.name], f'{name}{field.name}'
-    if dataclasses.is_dataclass(kind):
-      if type(value) is not kind:
-        raise UserError(f'{path}={value!r}: expected a {hints[field.name].__name__}')
-      check_types(value, f'{path}.')
-    elif typing.get_origin(kind) is list:
-      item_kind = typing.get_args(kind)[0]
-      if not isinstance(value, list) or not all(isinstance(item, item_kind) for item in value):
-        raise UserError(f'{path}={value!r}: expected a list of {item_kind.__name__}')
-      for i, item in enumerate(value):
-        check_types(item, f'{path}[{i}].')
-    else:
-      kinds = (int, float) if kind is float else (kind,)
-      if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f'{path}={value!r}: expected {kind.__name__}, got {type(value).__name__}')
-      if kind is float and not math.isfinite(value):
-        raise UserError(f'{path}={value!r}: expected a finite number')
-
-
-def _check_numbers(config):
-  data, optimizer, mesh = config.data, config.optimizer, config.mesh
-  at_least(data, 'data', {'seq_len': 1, 'batch': 1})
-  at_least(optimizer, 'optimizer', {'warmup_steps': 0})
-  at_least(config.train, 'train', {'steps': 1, 'accumulate': 1, 'loss_chunk': 0, 'profile_steps': 0})
-  at_least(mesh, 'mesh', {'fsdp': 1, 'context': 1, 'tensor': 1})
-  at_least(config.eval, 'eval', {'every': 0, 'bytes': 0, 'batch': 0, 'stride': 0})
-  at_least(config.checkpoint, 'checkpoint', {'every': 0, 'keep': 1})
-  at_least(config.log, 'log', {'every': 1})
-  one_of(data, 'data', {'bad_files': ('error', 'skip')})
-  one_of(optimizer, 'optimizer', {'schedule': SCHEDULES})
-  if mesh.data != -1 and mesh.data < 1:
-    raise UserError(f'mesh.data={mesh.data}: expected -1 (what is left) or at least 1')
-  within = [
-    ('config.seed', config.seed, 0, 2**32 - 1),
-    ('data.held_out_percent', data.held_out_percent, 0.1, 50),
-    ('optimizer.learning_rate', optimizer.learning_rate, 0, math.inf),
-    ('optimizer.decay_fraction', optimizer.decay_fraction, 0, 1),
-    ('optimizer.final_fraction', optimizer.final_fraction, 0, 1),
-    ('optimizer.b1', optimizer.b1, 0, 1 - 1e-9),
-    ('optimizer.b2', optimizer.b2, 0, 1 - 1e-9),
-    ('optimizer.eps', optimizer.eps, 0, math.inf),
-    ('optimizer.weight_decay', optimizer.weight_decay, 0, math.inf),
-    ('optimizer.clip_norm', optimizer.clip_norm, 0, math.inf),
-    ('train.peak_flops', config.train.peak_flops, 0, math.inf),
-    ('checkpoint.seconds', config.checkpoint.seconds, 0, math.inf),
-    ('log.plain_seconds', config.log.plain_seconds, 0, math.inf),
-  ]
-  for path, value, low, high in within:
-    if not low <= value <= high:
-      raise UserError(f'{path}={value}: expected a number from {low} to {high:g}')
-
-
-def _check_fit(config):
-  """Settings of different sections against each other."""
-  model, data = config.model, config.data
-  if model.vocab < TOKENS:
-    raise UserError(f'model.vocab={model.vocab}: expected at least {TOKENS}, for 256 bytes and the separator')
-  for i, spec in enumerate(model.layers):
-    for field in ('window', 'chunk'):
-      if getattr(spec, field) > data.seq_len:
-        raise UserError(
-          f'model.layers[{i}].{field}={getattr(spec, field)}: expected at most data.seq_len={data.seq_len}, or 0 (all)'
-        )
-  if config.train.loss_chunk and data.seq_len % config.train.loss_chunk:
-    raise UserError(f'train.loss_chunk={config.train.loss_chunk}: expected a divisor of data.seq_len={data.seq_len}')
-  if data.batch % config.train.accumulate:
-    raise UserError(f'train.accumulate={config.train.accumulate}: expected a divisor of data.batch={data.batch}')
-  if config.eval.stride > data.seq_len:
-    raise UserError(f'eval.stride={config.eval.stride}: expected at most data.seq_len={data.seq_len}')
 
 
 def to_dict(config):
@@ -306,7 +322,8 @@ def from_dict(kind, values):
     if dataclasses.is_dataclass(hints[name]):
       value = from_dict(hints[name], value)
     elif typing.get_origin(hints[name]) is list:
-      value = [from_dict(typing.get_args(hints[name])[0], item) for item in value]
+      item_kind = typing.get_args(hints[name])[0]
+      value = [from_dict(item_kind, item) if dataclasses.is_dataclass(item_kind) else item for item in value]
     made[name] = value
   return kind(**made)
 
@@ -322,8 +339,11 @@ def flat(values, prefix=''):
 
 
 def differences(old, new):
-  """Lines 'field: old -> new' for the settings of two `to_dict` results that make them different runs."""
-  old, new = flat(old), flat(new)
+  """Lines 'field: old -> new' for the settings of two `to_dict` results that make them different runs.
+
+  A field that `old` does not have yet counts as its default.
+  """
+  old, new = flat(to_dict(from_dict(Config, old))), flat(new)
   return [
     f'{path}: {old.get(path, "(none)")!r} -> {new.get(path, "(none)")!r}'
     for path in dict.fromkeys([*old, *new])

@@ -74,8 +74,8 @@ def test_written_and_read_again():
   made = tiny.config('text', seed=3, train={'steps': 7})
   values = json.loads(json.dumps(configs.to_dict(made)))
   assert configs.from_dict(Config, values) == made
-  values['optimizer']['momentum'] = 1
-  with pytest.raises(UserError, match="OptimizerConfig has no field 'momentum'"):
+  values['optimizer']['momentun'] = 1
+  with pytest.raises(UserError, match="OptimizerConfig has no field 'momentun'"):
     configs.from_dict(Config, values)
 
 
