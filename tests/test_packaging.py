@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXTRAS = {'train', 'test', 'hf', 'draw', 'tpu', 'cuda13', 'aot', 'bench', 'notebooks'}
+EXTRAS = {'train', 'test', 'hf', 'data', 'draw', 'tpu', 'cuda13', 'aot', 'bench', 'notebooks'}
 
 
 @pytest.fixture(scope='module')

@@ -8,9 +8,8 @@ import time
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec as P
 
-from models import size, state as model_state
+from models import size
 from train import (
   checkpoint,
   config as configs,
@@ -18,11 +17,9 @@ from train import (
   data,
   interrupt,
   metrics,
-  optimizer,
   peak,
+  program as programs,
   sharding,
-  state as states,
-  step as steps,
   summary,
   workdir as workdirs,
 )
@@ -61,13 +58,7 @@ def run(config, workdir):
         print(f'This run is finished; nothing was computed again.\n{summary.footer(result)}')
       return result
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config, mesh)
-    schedule = optimizer.schedule(config.optimizer, config.train.steps)
-    tx = optimizer.make(config.optimizer, config.train.steps)
-    init = states.initializer(config.model, tx, config.seed)
-    abstract = jax.eval_shape(init)
-    placed = states.shardings(abstract, mesh)
-    by_rows, whole = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P())
+    program = programs.make(config, mesh)  # jitted steps and placements; nothing is compiled yet
     if is_writer:
       at_end.enter_context(workdirs.lock(workdir))
       stored = workdirs.check(workdir, config)  # again: nobody else can change it from here on
@@ -76,32 +67,20 @@ def run(config, workdir):
     if is_writer:
       workdirs.write_run(workdir, config, corpus, size.parameters(config.model))
 
-    # 2. The jitted step, state in and out, donated; evaluation.
-    graph, chunk = model_state.graph(config.model), config.train.loss_chunk
-    train_step = jax.jit(
-      steps.trainer(graph, tx, schedule, accumulate=config.train.accumulate, loss_chunk=chunk),
-      donate_argnums=0,
-      in_shardings=(placed, by_rows),
-      out_shardings=(placed, whole),
-    )
-    eval_step = jax.jit(
-      steps.evaluator(graph, loss_chunk=chunk), in_shardings=(placed.params, by_rows), out_shardings=whole
-    )
-    is_finite = jax.jit(steps.is_finite, in_shardings=(placed.params,), out_shardings=whole)
-
-    # 3. Data: numpy rows, which `to_global` makes global arrays of.
+    # 2. Data: numpy rows, which `to_global` makes global arrays of.
     T, B, eval_B = config.data.seq_len, config.data.batch, config.eval.batch or config.data.batch
+    by_rows = program.by_rows
     rows = data.Rows(corpus.side(corpora.TRAIN), T)
     held_rows = data.Rows(corpus.side(corpora.HELD_OUT), T, stride=config.eval.stride, is_separator_target=False)
     batches = data.batches(rows, B, by_rows, config.seed)
     count = min(len(held_rows), -(-config.eval.bytes // held_rows.stride) or len(held_rows))
     some_rows, all_rows = np.arange(count) * len(held_rows) // count, np.arange(len(held_rows))
 
-    # 4. State and place in the data, from the newest checkpoint or from the start; what was written up to there.
+    # 3. State and place in the data, from the newest checkpoint or from the start; what was written up to there.
     manager = at_end.enter_context(checkpoint.manager(workdir, config.checkpoint))
-    start, state = checkpoint.restore(manager, abstract, placed, batches)
+    start, state = checkpoint.restore(manager, program.abstract, program.placed, batches)
     if state is None:
-      state = jax.jit(init, out_shardings=placed)()
+      state = program.first_state()
     if is_writer:
       print(summary.header(config, workdir, corpus, rows, mesh, start), flush=True)
     writer = metrics.Writer(workdir, start, has_tensorboard=config.log.tensorboard, is_on=is_writer)
@@ -118,14 +97,22 @@ def run(config, workdir):
       while len(pending) > late:
         at, chosen, sums = pending.popleft()
         sums = jax.device_get(sums)
-        if not (math.isfinite(sums['nll']) and math.isfinite(sums['grad_norm'])):
-          figures = {'loss': str(sums['nll'] / sums['tokens']), 'grad_norm': str(sums['grad_norm'])}
-          writer.write('not_finite', at, {**figures, 'rows': rows.where(chosen)})
-          raise NotFinite(summary.not_finite(at, saved_step, sums, rows.where(chosen)))
-        window.add(sums, is_timed=at > start + 1)
+        if math.isfinite(sums['objective']) and math.isfinite(sums['grad_norm']):
+          window.add(sums, is_timed=at > start + 1)
+        else:
+          leave_out(at, rows.where(chosen), sums)
         progress.done(at)
         if at % config.log.every == 0 or at == config.train.steps:
           log(at)
+
+    def leave_out(at, places, sums):
+      """A step whose loss or gradient is not finite: the device has left it out, or the run ends."""
+      figures = {'loss': str(sums['nll'] / max(sums['tokens'], 1.0)), 'grad_norm': str(sums['grad_norm'])}
+      writer.write('not_finite', at, {**figures, 'rows': places, 'skipped': int(sums['skipped'])})
+      if not 0 < sums['skipped'] <= config.train.skip_nonfinite:
+        raise NotFinite(summary.not_finite(at, saved_step, sums, places, config.train.skip_nonfinite))
+      progress.say(summary.skipped(at, sums, places, config.train.skip_nonfinite))
+      window.leave_out()
 
     def log(at):
       """Writes a train line of the steps since the last."""
@@ -137,7 +124,7 @@ def run(config, workdir):
     def save(at):
       """Saves in the background, after a train line, so that the lines up to a checkpoint are the steps up to it."""
       log(at)
-      if not is_finite(state.params):
+      if not program.is_finite(state.averaged):
         raise NotFinite(f'step {at}: a parameter is not finite; the last checkpoint is of step {saved_step}')
       checkpoint.save(manager, at, state, batches)
 
@@ -147,7 +134,7 @@ def run(config, workdir):
       totals: collections.Counter = collections.Counter()
       waiting: collections.deque = collections.deque()
       for _, local, arrays in data.in_order(held_rows, chosen, eval_B, by_rows):
-        waiting.append(eval_step(state.params, data.to_global(local, arrays, eval_B, by_rows)))
+        waiting.append(program.eval_step(state.averaged, data.to_global(local, arrays, eval_B, by_rows)))
         if len(waiting) > LATE:
           totals.update(metrics.as_floats(waiting.popleft()))
         if may_stop and agreed(watch.number)[0]:
@@ -156,17 +143,17 @@ def run(config, workdir):
         totals.update(metrics.as_floats(sums))
       if not math.isfinite(totals['nll']):
         raise NotFinite(f'step {at}: loss on held-out text is not finite; the last checkpoint is of step {saved_step}')
-      values = {'bits_per_byte': metrics.bits_per_byte(totals), 'bytes': int(totals['bytes'])}
+      values = {f'bits_per_{unit}': metrics.bits(totals), f'{unit}s': round(totals['bytes'])}
       values |= {'is_all': len(chosen) == len(held_rows), 'seconds': time.monotonic() - began}
       writer.write('eval', at, values)
-      progress.say(f'step {at:,}: {values["bits_per_byte"]:.3f} bits per byte on {values["bytes"]:,} held-out bytes')
+      progress.say(f'step {at:,}: {summary.evaluated(values, unit)}')
       return values
 
     if config.train.profile_steps and start + PROFILE_FROM >= config.train.steps:
       left = config.train.steps - start
       progress.say(f'no profile: it would begin {PROFILE_FROM} steps after the start, and {left} are left')
 
-    # 5. The loop. The host waits only for figures that are LATE steps old, to evaluate and to save.
+    # 4. The loop. The host waits only for figures that are LATE steps old, to evaluate and to save.
     watch = interrupt.Watch()
     at_end.enter_context(jax.set_mesh(mesh))
     window = metrics.Window()
@@ -176,7 +163,7 @@ def run(config, workdir):
         settle(0)
         jax.profiler.start_trace(str(workdir / 'profile'))
       chosen, local, arrays = next(batches)
-      state, sums = train_step(state, data.to_global(local, arrays, B, by_rows))
+      state, sums = program.train_step(state, data.to_global(local, arrays, B, by_rows))
       pending.append((step, chosen, sums))
       if step == start + 1:
         jax.block_until_ready(sums)
@@ -208,7 +195,7 @@ def run(config, workdir):
         manager.wait_until_finished()
         raise interrupt.Interrupted(number, step)
 
-    # 6. All held-out text, and what the run came to.
+    # 5. All held-out text, and what the run came to.
     manager.wait_until_finished()
     evaluation = evaluate(config.train.steps, all_rows, may_stop=True)
     if evaluation is None:

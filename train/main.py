@@ -8,9 +8,10 @@
 
 Ctrl-C and SIGTERM finish the step, save and end; a second one, or one before the first step, stops at once. With more
 than one process, start each with --distributed (and on plain machines --coordinator, --processes, --process); they
-share the workdir.
+share the workdir. See docs/training.md, docs/data.md, docs/finetuning.md, docs/scaling.md.
 
-Exit status: 0 done; 1 the loss is not finite; 2 a setting, file or folder does not fit; 128 + signal if stopped.
+Exit status: 0 done, or saved after SIGTERM (result.json is there only when all steps are done); 1 the loss is not
+finite; 2 a setting, file or folder does not fit; 3 a checkpoint could not be written; 130 saved after Ctrl-C.
 """
 
 import dataclasses

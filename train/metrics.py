@@ -2,11 +2,14 @@
 
 A line of metrics.jsonl is a JSON object with `kind` and `step` (steps done):
 
-    train       the `steps` steps up to `step`: loss (nats per token), bits_per_byte, tokens, grad_norm (mean),
+    train       the `steps` steps up to `step`, those left out not counted: loss (nats per token), bits_per_byte (or
+                bits_per_token, where the data is token ids without a tokenizer), tokens, grad_norm (mean),
                 learning_rate (of the last step), seconds (of training since the run began, compiling, evaluating and
-                saving left out), tokens_per_second, mfu (0 if unknown)
-    eval        bits_per_byte on `bytes` held-out bytes, is_all (whether these are all), seconds it took
-    not_finite  the step that stopped the run: loss, grad_norm, rows (what the batch was cut from)
+                saving left out), tokens_per_second, mfu (0 if unknown); with a z-loss or a teacher also z, distill_outputs,
+                distill_features, distill_attention (per token, before their weights)
+    eval        bits_per_byte on `bytes` held-out bytes (or bits_per_token, tokens), is_all (whether these are all), seconds it took
+    not_finite  a step that was left out, or that stopped the run: loss, grad_norm, rows (what the batch was cut from),
+                skipped (steps left out so far)
 
 The train lines of a run cover each step once, also after a stop or a crash: what is beyond the restored checkpoint is
 cut off.
@@ -83,19 +86,25 @@ def _lines_up_to(path, step):
         record = json.loads(line)
       except ValueError:
         return  # torn by a crash: it was the last
-      if line.endswith('\n') and record['step'] <= step and record['kind'] != 'not_finite':
+      if line.endswith('\n') and record['step'] <= step:
         yield line
 
 
 class Window:
-  """Sums of the steps since the last train line, and the time they took."""
+  """Sums of the steps since the last train line, and the time they took.
 
-  def __init__(self):
+  Args:
+    unit: 'byte' or 'token', what bits are counted per.
+    also: names of sums that a train line gives per token.
+  """
+
+  def __init__(self, unit='byte', also=()):
+    self.unit, self.also = unit, also
     self.start()
 
   def start(self):
     """Forgets the sums; the clock runs from here."""
-    self.steps, self.timed_tokens, self.sums = 0, 0.0, {}
+    self.steps, self.left_out, self.timed_tokens, self.sums = 0, 0, 0.0, {}
     self._mark = time.monotonic()
 
   def add(self, sums, *, is_timed=True):
@@ -105,6 +114,10 @@ class Window:
     self.timed_tokens += float(sums['tokens']) if is_timed else 0.0
     for name, value in sums.items():
       self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+  def leave_out(self):
+    """A step that changed nothing: its time counts, its figures do not."""
+    self.left_out += 1
 
   def pause(self, seconds):
     """Leaves out time that was not training."""
@@ -123,13 +136,14 @@ class Window:
     values = {
       'steps': self.steps,
       'loss': float(self.sums['nll']) / max(self.sums['tokens'], 1.0),
-      'bits_per_byte': bits_per_byte(self.sums),
+      f'bits_per_{self.unit}': bits(self.sums),
       'tokens': int(self.sums['tokens']),
       'grad_norm': self.sums['grad_norm'] / self.steps,
       'learning_rate': self.rate,
       'seconds': seconds_before + took,
       'tokens_per_second': speed,
       'mfu': speed * flops_per_token / peak if peak else 0.0,
+      **{name: float(self.sums[name]) / max(self.sums['tokens'], 1.0) for name in self.also},
     }
     self.start()
     return values
@@ -140,16 +154,16 @@ def as_floats(sums):
   return {name: float(value) for name, value in jax.device_get(sums).items()}
 
 
-def bits_per_byte(sums):
-  """Sums in nats of train.loss.cross_entropy -> bits per byte."""
+def bits(sums):
+  """Sums in nats of train.loss.cross_entropy -> bits per byte (or what else `bytes` counts)."""
   return float(sums['byte_nll']) / max(float(sums['bytes']), 1.0) / math.log(2)
 
 
 class Progress:
   """A progress bar on a terminal, elsewhere a plain line at most every `plain_seconds`. Silent unless `is_on`."""
 
-  def __init__(self, step, steps, *, plain_seconds, is_on=True):
-    self.step, self.steps, self.is_on = step, steps, is_on
+  def __init__(self, step, steps, *, plain_seconds, unit='byte', is_on=True):
+    self.step, self.steps, self.unit, self.is_on = step, steps, unit, is_on
     self._plain_seconds, self._last = plain_seconds, 0.0
     # The clock for the time left begins after the first step, most of which is compiling.
     self._first, self._began = step + 1, 0.0
@@ -169,7 +183,7 @@ class Progress:
 
   def show(self, values):
     """Shows the values of a train line."""
-    text = f'{values["bits_per_byte"]:.3f} bits per byte'
+    text = f'{values[f"bits_per_{self.unit}"]:.3f} bits per {self.unit}'
     text += f', {values["tokens_per_second"]:,.0f} tokens/s' if values['tokens_per_second'] else ''
     text += f', {values["mfu"]:.0%} of peak' if values['mfu'] else ''
     if self._bar:

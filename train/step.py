@@ -1,56 +1,71 @@
-"""The arithmetic of one optimizer step and of one evaluation batch: pure functions, jitted by the loop."""
+"""The arithmetic of one optimizer step and of one evaluation batch: pure functions, jitted by train/program.py."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from models import state as model_state
-from train import loss, state as states
+from train import ema as averages, loss, state as states
 
 
-def trainer(graph, tx, schedule, *, accumulate=1, loss_chunk=0):
+def trainer(sums_of, tx, schedule, *, trainable=None, accumulate=1, ema_decay=0.0, may_skip=False):
   """The function of one optimizer step.
 
   Args:
-    graph: of models.state.graph.
-    tx: optax transformation.
+    sums_of: (params, batch, *extra) -> dictionary of sums over the batch, as train.loss.cross_entropy gives them.
+    tx: optax transformation of the trained parameters.
     schedule: learning rate as a function of steps done, reported only.
+    trainable: paths of the trained parameters; None means all. Of the others no gradient is computed.
     accumulate: parts of the batch that gradients are summed over, one after the other.
-    loss_chunk: see train.loss.of_model.
+    ema_decay: see train.ema.update; 0 means none.
+    may_skip: whether a step whose loss or gradient is not finite changes nothing but the two counters of the State.
 
   Returns:
-    step(State, batch) -> (State, sums): sums of train.loss.cross_entropy over the batch, `grad_norm` before
-    clipping, and `learning_rate`. The gradient is that of nll / tokens over the whole batch, whatever accumulate is.
+    step(State, batch, *extra) -> (State, sums): those of `sums_of`, `grad_norm` before clipping, `learning_rate`, and
+    `skipped`, the steps left out so far. The gradient is that of objective / tokens over the whole batch, whatever
+    accumulate is.
   """
 
-  def nll(params, batch):
-    sums = loss.of_model(model_state.merge(graph, params), batch, loss_chunk)
-    return sums['nll'], sums
+  def objective(trained, frozen, batch, extra):
+    sums = sums_of({**frozen, **trained}, batch, *extra)
+    return sums['objective'], sums
 
   def add(total, part):
     return jax.tree.map(jnp.add, total, part), None
 
-  def summed(params, batch):
-    grads, sums = jax.grad(nll, has_aux=True)(params, batch)
-    return grads, sums
+  def step(state, batch, *extra):
+    paths = list(state.params) if trainable is None else trainable
+    trained = {path: state.params[path] for path in paths}
+    frozen = {path: x for path, x in state.params.items() if path not in trained}
 
-  def step(state, batch):
+    def summed(batch):
+      return jax.grad(objective, has_aux=True)(trained, frozen, batch, extra)
+
     if accumulate == 1:
-      grads, sums = summed(state.params, batch)
+      grads, sums = summed(batch)
     else:
       # Part a takes rows a, a + accumulate, ...: each device keeps the rows it has.
       parts = {name: x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1) for name, x in batch.items()}
       zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
-        jax.eval_shape(summed, state.params, {name: x[0] for name, x in parts.items()}),
+        jax.eval_shape(summed, {name: x[0] for name, x in parts.items()}),
       )
-      (grads, sums), _ = jax.lax.scan(lambda total, part: add(total, summed(state.params, part)), zeros, parts)
+      (grads, sums), _ = jax.lax.scan(lambda total, part: add(total, summed(part)), zeros, parts)
     tokens = jnp.maximum(sums['tokens'], 1)
-    grads = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), grads, state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    reported = {'grad_norm': optax.tree.norm(grads), 'learning_rate': jnp.asarray(schedule(state.step), jnp.float32)}
-    return states.State(state.step + 1, params, opt_state), {**sums, **reported}
+    grads = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), grads, trained)
+    norm, done = optax.tree.norm(grads), state.step - state.skipped
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    new = optax.apply_updates(trained, updates)
+    ema = averages.update(state.ema, new, done, ema_decay) if ema_decay else state.ema
+    skipped = state.skipped
+    if may_skip:
+      is_good = jnp.isfinite(sums['objective']) & jnp.isfinite(norm)
+      kept = lambda new, old: jax.tree.map(lambda x, y: jnp.where(is_good, x, y), new, old)
+      new, opt_state, ema = kept(new, trained), kept(opt_state, state.opt_state), kept(ema, state.ema)
+      skipped += ~is_good
+    reported = {'grad_norm': norm, 'learning_rate': jnp.asarray(schedule(done), jnp.float32), 'skipped': skipped}
+    state = states.State(state.step + 1, {**frozen, **new}, opt_state, ema, skipped)
+    return state, {**sums, **reported}
 
   return step
 

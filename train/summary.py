@@ -54,9 +54,8 @@ def layers(model):
 def result(config, corpus, mesh, evaluation, **figures):
   """The contents of result.json. Figures are those that the loop has measured."""
   return {
-    'held_out_bits_per_byte': evaluation['bits_per_byte'],
-    'held_out_bytes': evaluation['bytes'],
-    'held_out_files': len(corpus.side(corpora.HELD_OUT)),
+    **{f'held_out_{name}': evaluation[name] for name in (f'bits_per_{corpus.unit}', f'{corpus.unit}s')},
+    'held_out_documents': sum(len(part.held_out) for part in corpus.parts),
     'eval_stride': config.eval.stride,
     'steps': config.train.steps,
     'tokens': config.train.steps * config.data.batch * config.data.seq_len,
@@ -75,19 +74,41 @@ def result(config, corpus, mesh, evaluation, **figures):
 
 def footer(values):
   """The table at the end of a run, from the contents of result.json."""
+  unit = 'byte' if 'held_out_bytes' in values else 'token'
   use = f' ({values["mfu"]:.0%} of the peak of {values["peak_flops"]:.3g} FLOP/s, {values["peak_source"]})'
   return metrics.table([
-    ('held out', f'{values["held_out_bits_per_byte"]:.4f} bits per byte, all {values["held_out_bytes"]:,} bytes'),
+    ('held out', f'{values[f"held_out_bits_per_{unit}"]:.4f} bits per {unit}, all {values[f"held_out_{unit}s"]:,} {unit}s'),
     ('trained', f'{values["steps"]:,} steps, {values["tokens"]:,} tokens, {metrics.clock(values["seconds"])}'),
     ('speed', f'{values["tokens_per_second"]:,.0f} tokens/s' + (use if values['mfu'] else '')),
   ])
 
 
-def not_finite(step, saved_step, sums, places):
-  """The message for a step whose loss or gradient is not finite."""
+def evaluated(values, unit):
+  """What an eval line says, in words."""
+  return f'{values[f"bits_per_{unit}"]:.3f} bits per {unit} on {values[f"{unit}s"]:,} held-out {unit}s'
+
+
+def not_finite(step, saved_step, sums, places, may_skip=0):
+  """The message for a step whose loss or gradient is not finite, and that ends the run."""
   return (
-    f'step {step}: loss {sums["nll"] / max(sums["tokens"], 1.0):g}, gradient norm {sums["grad_norm"]:g}; the batch was '
-    f'{", ".join(places[:3])}' + (f' and {len(places) - 3} more rows (metrics.jsonl)' if len(places) > 3 else '')
+    f'step {step}: {_figures(sums)}; the batch was {_some(places)}'
+    + (f', and {may_skip} steps have been left out before (train.skip_nonfinite={may_skip})' if may_skip else '')
     + (f'. The last checkpoint is of step {saved_step}' if saved_step else '. No checkpoint was written')
     + '; try a lower optimizer.learning_rate or optimizer.clip_norm in a new workdir'
+    + ('' if may_skip else ', or train.skip_nonfinite to leave out such steps')
   )
+
+
+def skipped(step, sums, places, may_skip):
+  """The line for a step that was left out."""
+  count = f'{int(sums["skipped"])} of at most {may_skip}'
+  return f'step {step}: {_figures(sums)}; left out, {count}. The batch was {_some(places)}'
+
+
+def _figures(sums):
+  return f'loss {sums["nll"] / max(sums["tokens"], 1.0):g}, gradient norm {sums["grad_norm"]:g}'
+
+
+def _some(places):
+  more = f' and {len(places) - 3} more rows (metrics.jsonl)' if len(places) > 3 else ''
+  return f'{", ".join(places[:3])}{more}'

@@ -24,7 +24,8 @@ def test_writer_cuts_off_what_is_beyond_the_checkpoint(tmp_path):
   for step in (5, 10, 15):
     writer.write('train', step, train_line(step / 5))
     writer.write('eval', step, {'bits_per_byte': 2.0})
-  writer.write('not_finite', 10, {'loss': 'nan'})
+  writer.write('not_finite', 8, {'loss': 'nan'})  # left out
+  writer.write('not_finite', 16, {'loss': 'nan'})  # the run ended there
   writer.close()
   with open(tmp_path / 'metrics.jsonl', 'a', encoding='utf-8') as file:
     file.write('{"kind": "train", "st')
@@ -35,7 +36,7 @@ def test_writer_cuts_off_what_is_beyond_the_checkpoint(tmp_path):
   assert (writer.seconds, writer.tokens) == (2.5, 250.0)
   records = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   kinds = [(record['kind'], record['step']) for record in records]
-  assert kinds == [('train', 5), ('eval', 5), ('train', 10), ('eval', 10), ('train', 12)]
+  assert kinds == [('train', 5), ('eval', 5), ('train', 10), ('eval', 10), ('not_finite', 8), ('train', 12)]
   assert len(list((tmp_path / 'tb').iterdir())) == 1
 
 
