@@ -7,7 +7,6 @@ import time
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from models import size
 from train import (
@@ -15,11 +14,15 @@ from train import (
   config as configs,
   corpus as corpora,
   data,
+  distill,
+  initial,
   interrupt,
   metrics,
   peak,
+  processes,
   program as programs,
   sharding,
+  store,
   summary,
   workdir as workdirs,
 )
@@ -45,6 +48,7 @@ def run(config, workdir):
   Raises:
     UserError: a setting, file or folder that does not fit; nothing was overwritten.
     NotFinite: the run cannot go on; no checkpoint holds what is not finite.
+    SaveFailed: a checkpoint could not be written.
     Interrupted: SIGINT or SIGTERM after the first step, when it was saved.
   """
   with contextlib.ExitStack() as at_end:
@@ -52,39 +56,49 @@ def run(config, workdir):
     config, workdir = configs.load(config), workdirs.expand(workdir)
     is_writer = jax.process_index() == 0
     corpora.check_outside(config.data, workdir)
-    stored = workdirs.check(workdir, config)
-    if result := workdirs.finished(workdir, stored, config):
+    if result := workdirs.finished(workdir, workdirs.check(workdir, config), config):
       if is_writer:
         print(f'This run is finished; nothing was computed again.\n{summary.footer(result)}')
       return result
     mesh = sharding.make_mesh(config.mesh)
     program = programs.make(config, mesh)  # jitted steps and placements; nothing is compiled yet
-    if is_writer:
+
+    def prepare():
+      """What one process does for all: takes the folder and prepares the text."""
       at_end.enter_context(workdirs.lock(workdir))
       stored = workdirs.check(workdir, config)  # again: nobody else can change it from here on
-    corpus = corpora.load(config.data)
-    workdirs.check_corpus(workdir, stored, corpus)
-    if is_writer:
+      corpus = store.open_or_prepare(config.data, workdir, vocab=config.model.vocab)
+      workdirs.check_corpus(workdir, stored, corpus)
       workdirs.write_run(workdir, config, corpus, size.parameters(config.model))
+
+    processes.first_only(prepare, 'prepare')
+    corpus = store.open_or_prepare(config.data, workdir, vocab=config.model.vocab, is_writer=False)
+    unit, teaching = corpus.unit, ()
+    if config.distill.teacher:
+      teacher = distill.load_teacher(config.distill, config.model, mesh)
+      program, teaching = programs.make(config, mesh, teacher), (teacher.params,)
 
     # 2. Data: numpy rows, which `to_global` makes global arrays of.
     T, B, eval_B = config.data.seq_len, config.data.batch, config.eval.batch or config.data.batch
     by_rows = program.by_rows
-    rows = data.Rows(corpus.side(corpora.TRAIN), T)
-    held_rows = data.Rows(corpus.side(corpora.HELD_OUT), T, stride=config.eval.stride, is_separator_target=False)
+    rows = data.training_rows(corpus, config.data)
+    held_rows = data.held_out_rows(corpus, config.data, config.eval.stride)
     batches = data.batches(rows, B, by_rows, config.seed)
-    count = min(len(held_rows), -(-config.eval.bytes // held_rows.stride) or len(held_rows))
+    count = min(len(held_rows), summary.rows_of(config.eval.bytes, corpus, held_rows) or len(held_rows))
     some_rows, all_rows = np.arange(count) * len(held_rows) // count, np.arange(len(held_rows))
 
     # 3. State and place in the data, from the newest checkpoint or from the start; what was written up to there.
-    manager = at_end.enter_context(checkpoint.manager(workdir, config.checkpoint))
-    start, state = checkpoint.restore(manager, program.abstract, program.placed, batches)
+    saved = at_end.enter_context(checkpoint.Checkpoints(workdir, config.checkpoint))
+    start, state = saved.restore(program.abstract, program.placed, batches)
     if state is None:
-      state = program.first_state()
+      folder = config.train.init_from
+      state = program.first_state(initial.params(folder, config.model, program.placed.params) if folder else None)
     if is_writer:
       print(summary.header(config, workdir, corpus, rows, mesh, start), flush=True)
     writer = metrics.Writer(workdir, start, has_tensorboard=config.log.tensorboard, is_on=is_writer)
-    progress = metrics.Progress(start, config.train.steps, plain_seconds=config.log.plain_seconds, is_on=is_writer)
+    progress = metrics.Progress(
+      start, config.train.steps, plain_seconds=config.log.plain_seconds, unit=unit, is_on=is_writer
+    )
     at_end.callback(writer.close)
     at_end.callback(progress.close)
     flops_per_token = 3 * size.flops_per_token(config.model, T)
@@ -126,10 +140,10 @@ def run(config, workdir):
       log(at)
       if not program.is_finite(state.averaged):
         raise NotFinite(f'step {at}: a parameter is not finite; the last checkpoint is of step {saved_step}')
-      checkpoint.save(manager, at, state, batches)
+      saved.save(at, state, batches)
 
-    def evaluate(at, chosen, *, may_stop=False):
-      """Evaluates on some held-out rows and writes an eval line; None if a signal came and it may stop."""
+    def evaluate(at, chosen):
+      """Evaluates on some held-out rows and writes an eval line; None if a signal came, which ends it."""
       began = time.monotonic()
       totals: collections.Counter = collections.Counter()
       waiting: collections.deque = collections.deque()
@@ -137,7 +151,7 @@ def run(config, workdir):
         waiting.append(program.eval_step(state.averaged, data.to_global(local, arrays, eval_B, by_rows)))
         if len(waiting) > LATE:
           totals.update(metrics.as_floats(waiting.popleft()))
-        if may_stop and agreed(watch.number)[0]:
+        if watch.asked():
           return None
       for sums in waiting:
         totals.update(metrics.as_floats(sums))
@@ -156,14 +170,17 @@ def run(config, workdir):
     # 4. The loop. The host waits only for figures that are LATE steps old, to evaluate and to save.
     watch = interrupt.Watch()
     at_end.enter_context(jax.set_mesh(mesh))
-    window = metrics.Window()
+    window = metrics.Window(unit, program.also)
+    evaluated = processes.first_only(lambda: writer.evaluated, 'evaluated')
+    if is_due(start, config.eval.every) and evaluated < start < config.train.steps:
+      evaluate(start, some_rows)  # a signal ended it
     for step in range(start + 1, config.train.steps + 1):
       began, is_last, profiled = time.monotonic(), step == config.train.steps, step - start - PROFILE_FROM
       if config.train.profile_steps and profiled == 0:
         settle(0)
         jax.profiler.start_trace(str(workdir / 'profile'))
       chosen, local, arrays = next(batches)
-      state, sums = program.train_step(state, data.to_global(local, arrays, B, by_rows))
+      state, sums = program.train_step(state, data.to_global(local, arrays, B, by_rows), *teaching)
       pending.append((step, chosen, sums))
       if step == start + 1:
         jax.block_until_ready(sums)
@@ -171,35 +188,37 @@ def run(config, workdir):
         window.pause(compile_seconds)
         at_end.enter_context(watch)  # before, there is nothing to save, and a compiler would hold a signal up
       settle(LATE)
+      saved.check()
       if 0 <= profiled < config.train.profile_steps and (profiled + 1 == config.train.profile_steps or is_last):
         settle(0)
         jax.profiler.stop_trace()
         progress.say(f'profile of {profiled + 1} steps: tensorboard --logdir={workdir / "profile"}')
 
-      number = is_late = 0
+      number, is_late = watch.asked(), False
       if jax.process_count() == 1 or step % config.log.every == 0:
         seconds = config.checkpoint.seconds
-        number, is_late = agreed(watch.number, bool(seconds) and time.monotonic() - saved_at > seconds)
-      is_eval = is_due(step, config.eval.every) and not is_last
+        (is_late,) = processes.agreed(bool(seconds) and time.monotonic() - saved_at > seconds)
+      is_eval = is_due(step, config.eval.every) and not is_last and not number
       is_save = is_due(step, config.checkpoint.every) or is_late or is_last or number
       if is_eval or is_save:
         settle(0)
         began = time.monotonic()
         if is_eval:
           evaluate(step, some_rows)
-        if is_save:
+          number = watch.asked()  # it ends an evaluation, which the same command does again
+        if is_save or number:
           save(step)
           saved_step, saved_at = step, time.monotonic()
         window.pause(time.monotonic() - began)
       if number:
-        manager.wait_until_finished()
+        saved.wait()
         raise interrupt.Interrupted(number, step)
 
     # 5. All held-out text, and what the run came to.
-    manager.wait_until_finished()
-    evaluation = evaluate(config.train.steps, all_rows, may_stop=True)
+    saved.wait()
+    evaluation = evaluate(config.train.steps, all_rows)
     if evaluation is None:
-      raise interrupt.Interrupted(watch.number, config.train.steps)
+      raise interrupt.Interrupted(watch.asked(), config.train.steps)
     speed = writer.tokens / writer.seconds if writer.seconds else 0.0
     result = summary.result(
       config,
@@ -223,10 +242,3 @@ def run(config, workdir):
 def is_due(step, every):
   """Whether something happens at a step that happens every so many; 0 means never."""
   return bool(every) and step % every == 0
-
-
-def agreed(*flags):
-  """Each flag as the largest of all processes, so that all do the same."""
-  if jax.process_count() == 1:
-    return flags
-  return multihost_utils.process_allgather(np.array(flags, np.int32)).max(axis=0).tolist()

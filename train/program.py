@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from models import state as model_state
-from train import loss, optimizer, sharding, state as states, step as steps
+from train import distill, loss, optimizer, sharding, state as states, step as steps
 
 
 class Program(NamedTuple):
@@ -27,6 +27,7 @@ class Program(NamedTuple):
     train_step: (State, batch) -> (State, sums), jitted; the State is donated. With a teacher its parameters follow.
     eval_step: (params, batch) -> sums, jitted.
     is_finite: params -> bool scalar, jitted.
+    also: names of sums of a step that are worth a line in metrics.jsonl.
   """
 
   config: Any
@@ -41,6 +42,7 @@ class Program(NamedTuple):
   train_step: Any
   eval_step: Any
   is_finite: Any
+  also: tuple
 
   def first_state(self, given=None):
     """The State before the first step, in its place.
@@ -88,8 +90,6 @@ def make(config, mesh, teacher=None):
     model = model_state.merge(graph, params)
     if teacher is None:
       return loss.of_model(model, batch, train.loss_chunk, z_loss=train.z_loss)
-    from train import distill
-
     teaching = model_state.merge(teacher.graph, *teachers)
     return distill.of_models(model, teaching, batch, train.loss_chunk, config.distill, z_loss=train.z_loss)
 
@@ -110,6 +110,9 @@ def make(config, mesh, teacher=None):
     steps.evaluator(graph, loss_chunk=train.loss_chunk), in_shardings=(placed.params, by_rows), out_shardings=whole
   )
   is_finite = jax.jit(steps.is_finite, in_shardings=(placed.params,), out_shardings=whole)
+  also = ('z',) if train.z_loss else ()
+  if teacher is not None:
+    also += tuple(f'distill_{name}' for name in ('outputs', 'features', 'attention') if getattr(config.distill, name))
   return Program(
-    config, mesh, graph, trainable, init, abstract, placed, by_rows, whole, train_step, eval_step, is_finite
+    config, mesh, graph, trainable, init, abstract, placed, by_rows, whole, train_step, eval_step, is_finite, also
   )

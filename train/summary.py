@@ -15,30 +15,47 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'nump
 def header(config, workdir, corpus, rows, mesh, step):
   """A few lines: text, model, devices, length, where results go."""
   model, train = config.model, config.train
-  tokens = train.steps * config.data.batch * config.data.seq_len
+  record = corpus.record()
   sides = []
   for split, what in ((corpora.TRAIN, 'to train on'), (corpora.HELD_OUT, 'held out')):
-    files = corpus.side(split)
-    packages = len({file.package for file in files})
-    sides.append(f'{corpus.size(split):,} bytes in {len(files):,} files of {packages:,} packages {what}')
-  left_out = f'{len(corpus.skipped)} bad files and {len(corpus.duplicates)} duplicates left out'
+    side = record[split]
+    packages = f' of {side["packages"]:,} packages' if side['packages'] else ''
+    sides.append(f'{side["bytes"]:,} {corpus.unit}s in {side["documents"]:,} documents{packages} {what}')
+  left_out = f'{record["skipped_count"]} bad ones and {record["duplicate_count"]} duplicates left out'
   shape = ', '.join(f'{axis} {count}' for axis, count in mesh.shape.items() if count > 1)
   device = mesh.devices.flat[0]
+  source = 'a mixture' if config.data.mixture else config.data.source
   lines = [
-    ('text', f'{config.data.source}: {sides[0]}'),
+    ('text', f'{source}: {sides[0]}'),
     ('', f'{sides[1]}; {left_out}'),
     ('hash', corpus.hash),
     ('model', f'{size.parameters(model):,} parameters, {model.depth} layers, width {model.width}, {layers(model)}'),
     ('devices', f'{mesh.size} of {jax.device_count()} {device.device_kind}' + (f': {shape}' if shape else '')),
     (
       'run',
-      f'{train.steps:,} steps of {config.data.batch} rows of {config.data.seq_len} tokens: '
-      f'{tokens / (len(rows) * config.data.seq_len):.2f} passes over the text'
+      f'{train.steps:,} steps of {config.data.batch} rows of {config.data.seq_len} tokens: {_passes(config, rows)}'
       + (f'; going on after step {step:,}' if step else ''),
     ),
     ('workdir', str(workdir)),
   ]
   return metrics.table(lines)
+
+
+def _passes(config, rows):
+  """How often the run goes over the text, over each part of a mixture."""
+  total, weights = config.train.steps * config.data.batch, sum(rows.weights)
+  passes = [total * weight / weights / len(part) for part, weight in zip(rows.parts, rows.weights)]
+  if len(passes) == 1:
+    found = f'{passes[0]:.2f} passes over the text'
+  else:
+    found = 'passes ' + ', '.join(f'{count:.2f} over {name}' for name, count in zip(rows.names, passes))
+  return found + (f', {rows.padding:.1%} of the places empty' if rows.padding >= 0.001 else '')
+
+
+def rows_of(size, corpus, held_rows):
+  """Rows that hold about `size` bytes of held-out text."""
+  ids = sum(len(tokens.stream) - len(tokens) for tokens in corpus.side(corpora.HELD_OUT))
+  return -(-int(size * ids / max(1, corpus.size(corpora.HELD_OUT))) // held_rows.stride)
 
 
 def layers(model):

@@ -3,6 +3,8 @@
     config.json    the run's config and fingerprints        corpus.json    hash, files and sides of its text
     metrics.jsonl  one line per log.every steps, evaluation  result.json    at the end
     checkpoints/   of state and place in the data            tb/, profile/  for TensorBoard
+    manifests/     of the files of checkpoints               bad_checkpoints/  those that were not whole
+    data/          the text as tokens
 """
 
 import contextlib
@@ -16,8 +18,8 @@ from train import config as configs
 from train.config import UserError
 
 CONFIG, CORPUS, METRICS, RESULT = 'config.json', 'corpus.json', 'metrics.jsonl', 'result.json'
-CHECKPOINTS = 'checkpoints'
-LOCK = '.lock'
+CHECKPOINTS, MANIFESTS, BAD_CHECKPOINTS = 'checkpoints', 'manifests', 'bad_checkpoints'
+LOCK, DATA = '.lock', 'data'
 
 
 def expand(path):
@@ -46,7 +48,8 @@ def check(workdir, config):
   if not workdir.is_dir():
     raise UserError(f'workdir {workdir}: expected a folder, found a file')
   if not (workdir / CONFIG).exists():
-    others = sorted(path.name for path in workdir.iterdir() if path.name not in (LOCK, _temporary(CONFIG)))
+    # What is prepared before a run begins may have been stopped, or made by train.prepare.
+    others = sorted(path.name for path in workdir.iterdir() if path.name not in (LOCK, _temporary(CONFIG), DATA))
     if others:
       shown = ', '.join(others[:3]) + (f' and {len(others) - 3} more' if len(others) > 3 else '')
       raise UserError(f'workdir {workdir}: expected a new or empty folder or a run, found {shown}; nothing was changed')
@@ -58,13 +61,19 @@ def check(workdir, config):
       f'workdir {workdir} holds a run of another config; nothing was changed. Choose another workdir, or undo:\n  '
       + '\n  '.join(changed)
     )
-  checkpoints = workdir / CHECKPOINTS
-  done = max([int(path.name) for path in checkpoints.glob('*') if path.name.isdigit()], default=0)
+  done = max(saved_steps(workdir), default=0)
   if done > config.train.steps:
     raise UserError(f'train.steps={config.train.steps}: expected at least the {done} steps that {workdir} has done')
   if (workdir / RESULT).exists() and not done and not finished(workdir, stored, config):
     raise UserError(f'workdir {workdir}: expected a checkpoint of its finished run, found none; nothing was changed')
   return stored
+
+
+def saved_steps(workdir):
+  """Steps of the checkpoints whose save was finished, which is when their manifest is written, in order."""
+  names = [path.name for path in (workdir / CHECKPOINTS).glob('*')]
+  steps = sorted(int(name) for name in names if name.isascii() and name.isdigit())
+  return [step for step in steps if (workdir / MANIFESTS / f'{step}.json').exists()]
 
 
 def finished(workdir, stored, config):

@@ -12,9 +12,9 @@ import pytest
 
 from models import state as model_state
 from tests.train import tiny
-from train import checkpoint, data, interrupt, loop, metrics, workdir as workdirs
-from train.config import UserError
-from train.corpus import HELD_OUT, load
+from train import checkpoint, data, interrupt, loop, loss, metrics, program, store, workdir as workdirs
+from train.config import GroupConfig, SourceConfig, UserError
+from train.corpus import HELD_OUT
 
 
 @pytest.fixture(scope='module')
@@ -45,15 +45,20 @@ def call_at(monkeypatch, step, action):
   monkeypatch.setattr(data, 'to_global', to_global)
 
 
+def corpus_of(config, workdir):
+  return store.open_or_prepare(config.data, workdir, is_writer=False)
+
+
 def test_run_leaves_what_it_says(whole, source):
   workdir, config, result = whole
+  corpus = corpus_of(config, workdir)
   assert json.loads((workdir / 'result.json').read_text()) == result
   assert result['steps'] == 12
-  assert result['held_out_bytes'] == load(config.data).size(HELD_OUT)
+  assert result['held_out_bytes'] == corpus.size(HELD_OUT)
   assert 3 < result['held_out_bits_per_byte'] < 8
   assert result['mfu'] > 0
   record = json.loads((workdir / 'corpus.json').read_text())
-  assert record['hash'] == result['corpus_hash'] == load(config.data).hash
+  assert record['hash'] == result['corpus_hash'] == corpus.hash
   assert {file[1] for file in record['files']} == {'train', 'held_out'}
   assert json.loads((workdir / 'config.json').read_text())['config']['data']['source'] == source
   assert [(line['step'], line['steps']) for line in tiny.lines(workdir, 'train')] == [(5, 5), (10, 5), (12, 2)]
@@ -67,7 +72,7 @@ def test_run_leaves_what_it_says(whole, source):
 
 def test_finished_run_computes_nothing_again(whole, monkeypatch, capsys):
   workdir, config, result = whole
-  monkeypatch.setattr(loop.corpora, 'load', lambda *_: pytest.fail('read the corpus'))
+  monkeypatch.setattr(loop.store, 'open_or_prepare', lambda *_, **__: pytest.fail('read the corpus'))
   before = (workdir / 'metrics.jsonl').read_text()
   assert loop.run(config, workdir) == result
   assert 'finished' in capsys.readouterr().out
@@ -93,9 +98,9 @@ def test_load_model(whole):
   workdir, config, result = whole
   loaded, model, step = checkpoint.load_model(str(workdir))
   assert (loaded, step) == (config, 12)
-  rows = data.Rows(load(config.data).side(HELD_OUT), 16, is_separator_target=False)
-  sums = loop.steps.loss.of_model(model, rows(np.arange(len(rows))))
-  np.testing.assert_allclose(metrics.bits_per_byte(sums), result['held_out_bits_per_byte'], rtol=1e-5)
+  rows = data.held_out_rows(corpus_of(config, workdir), config.data)
+  sums = loss.of_model(model, rows(np.arange(len(rows))))
+  np.testing.assert_allclose(metrics.bits(sums), result['held_out_bits_per_byte'], rtol=1e-5)
   with pytest.raises(UserError, match='expected a checkpoint of step 3'):
     checkpoint.load_model(workdir, step=3)
 
@@ -142,7 +147,7 @@ def test_more_steps_continue_a_finished_run_and_time_saves(source, tmp_path):
 @pytest.mark.parametrize('checkpoints', [0, 3])
 def test_a_loss_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch, checkpoints):
   config = tiny.config(source, checkpoint={'every': checkpoints}, log={'every': 100})
-  real = loop.steps.trainer
+  real = program.steps.trainer
 
   def trainer(*args, **options):  # the parameters become NaN in the fifth step
     def step(state, batch):
@@ -152,11 +157,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch, 
 
     return step
 
-  monkeypatch.setattr(loop.steps, 'trainer', trainer)
+  monkeypatch.setattr(program.steps, 'trainer', trainer)
   with pytest.raises(loop.NotFinite, match=r'step 6: loss nan.*row \d+ \(p\d+/f\d.txt byte \d+\)') as error:
     loop.run(config, tmp_path)
   assert ('last checkpoint is of step 3' if checkpoints else 'No checkpoint was written') in str(error.value)
-  assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['3'] * bool(checkpoints)
+  assert [path.name for path in (tmp_path / 'checkpoints').glob('*')] == ['3'] * bool(checkpoints)
   (line,) = tiny.lines(tmp_path, 'not_finite')
   assert line['step'] == 6
   assert len(line['rows']) == 8
@@ -206,7 +211,7 @@ def test_a_changed_corpus_is_refused(tmp_path):
   (tmp_path / 'text' / 'p1' / 'f0.txt').write_text('something else')
   (tmp_path / 'text' / 'p1' / 'new.txt').write_text('something new')
   config.train.steps = 2
-  with pytest.raises(UserError, match=r'text has changed.*: p1/f0.txt, p1/new.txt\. Going on'):
+  with pytest.raises(UserError, match=r'text has changed.*: p1/f0.txt, p1/new.txt \(new\)\. Going on'):
     loop.run(config, tmp_path / 'run')
 
 
@@ -217,15 +222,108 @@ def test_a_workdir_inside_its_text_is_refused(tmp_path):
   assert not (tmp_path / 'text' / 'p0' / 'runs').exists()
 
 
-def test_a_damaged_checkpoint_is_named(whole, tmp_path):
-  workdir, config, _ = whole
-  shutil.copytree(workdir, tmp_path / 'run')
-  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '12' / 'params')
-  more = copy.deepcopy(config)
-  more.train.steps = 13
-  for read in (lambda: checkpoint.load_model(tmp_path / 'run'), lambda: loop.run(more, tmp_path / 'run')):
-    with pytest.raises(UserError, match=r'checkpoints/12: expected a whole checkpoint'):
-      read()
+def poisoned(monkeypatch, bad):
+  """Rows in which some batches have a NaN weight, as the loop asks for them: their loss is not finite."""
+  calls = []
+  real = data.to_global
+
+  def to_global(local, arrays, batch, sharding):
+    if batch == 8:
+      calls.append(batch)
+      if len(calls) in bad:
+        arrays = {**arrays, 'weights': np.full_like(arrays['weights'], np.nan)}
+    return real(local, arrays, batch, sharding)
+
+  monkeypatch.setattr(data, 'to_global', to_global)
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted(source, tmp_path, monkeypatch, capsys):
+  config = tiny.config(source, train={'skip_nonfinite': 2, 'steps': 8}, log={'every': 4})
+  with monkeypatch.context() as patched:
+    poisoned(patched, {3, 4})
+    result = loop.run(config, tmp_path / 'two')
+  assert 'left out, 2 of at most 2. The batch was row' in capsys.readouterr().out
+  assert np.isfinite(result['held_out_bits_per_byte'])
+  assert [(line['step'], line['skipped']) for line in tiny.lines(tmp_path / 'two', 'not_finite')] == [(3, 1), (4, 2)]
+  assert [(line['step'], line['steps']) for line in tiny.lines(tmp_path / 'two', 'train')] == [(4, 2), (8, 4)]
+  # The count is the run's, not the process's: one more after it went on is one too many.
+  config.train.steps = 12
+  with monkeypatch.context() as patched:
+    poisoned(patched, {2})
+    with pytest.raises(loop.NotFinite, match=r'step 10: loss nan.*2 steps have been left out.*checkpoint is of step 8'):
+      loop.run(config, tmp_path / 'two')
+
+
+def test_a_run_with_everything(tmp_path):
+  """Records of two formats by weight, packed whole, Muon with groups, averages, z-loss, half precision; stopped once."""
+  words = [f'{word} {"abc" * (i % 5)}' for i, word in enumerate(tiny.WORDS * 12)]
+  with open(tmp_path / 'a.jsonl', 'w', encoding='utf-8') as file:
+    file.writelines(json.dumps({'content': f'{i} {word}'}) + '\n' for i, word in enumerate(words))
+  source = tiny.write_corpus(tmp_path / 'text')
+  parts = [SourceConfig(source=str(tmp_path / 'a.jsonl'), weight=3.0, field='content'), SourceConfig(source=source)]
+  settings = {
+    'data': {'mixture': parts, 'packing': 'documents', 'prepared': str(tmp_path / 'prepared'), 'seq_len': 32},
+    'optimizer': {'method': 'muon', 'schedule': 'constant', 'groups': [GroupConfig(match=r'embed\.table', rate=0.5)]},
+    'train': {'ema_decay': 0.9, 'z_loss': 1e-3, 'skip_nonfinite': 1, 'steps': 8, 'accumulate': 2},
+  }
+  config = tiny.config('', **settings)
+  config.model.dtype, config.model.layers[0].remat = 'bfloat16', 'full'
+  result = loop.run(config, tmp_path / 'run')
+  assert 3 < result['held_out_bits_per_byte'] < 8.1
+  lines = tiny.lines(tmp_path / 'run', 'train')
+  assert all(np.isfinite(line['z']) for line in lines)
+  for steps in (3, 8):  # with a constant rate that of a step does not depend on the length of the run
+    config.train.steps = steps
+    loop.run(config, tmp_path / 'twice')
+  (_, want), (_, got) = (tiny.saved(tmp_path / name, config) for name in ('run', 'twice'))
+  assert len(want) > 40
+  assert all(np.array_equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
+  # Averages are what is evaluated and loaded.
+  _, averaged, _ = checkpoint.load_model(tmp_path / 'run')
+  _, raw, _ = checkpoint.load_model(tmp_path / 'run', weights='raw')
+  held = data.held_out_rows(corpus_of(config, tmp_path / 'run'), config.data)
+  sums = [loss.of_model(model, held(np.arange(len(held)))) for model in (averaged, raw)]
+  assert metrics.bits(sums[0]) == pytest.approx(result['held_out_bits_per_byte'], rel=1e-4)
+  assert metrics.bits(sums[0]) != metrics.bits(sums[1])
+
+
+def test_a_run_begins_with_another_and_learns_from_a_third(whole, source, tmp_path):
+  """Fine-tuning with frozen parameters and a teacher, through the loop."""
+  workdir, _, result = whole
+  config = tiny.config(
+    source,
+    train={'init_from': str(workdir), 'steps': 3},
+    optimizer={'trainable': r'blocks\..*', 'warmup_steps': 0},
+    distill={'teacher': str(workdir), 'features': 0.1},
+  )
+  tuned = loop.run(config, tmp_path / 'run')
+  assert abs(tuned['held_out_bits_per_byte'] - result['held_out_bits_per_byte']) < 0.3
+  _, before, _ = checkpoint.load_model(workdir)
+  _, after, _ = checkpoint.load_model(tmp_path / 'run')
+  before, after = (model_state.split(model)[1] for model in (before, after))
+  assert {path for path in before if not np.array_equal(before[path], after[path])} == {
+    path for path in before if path.startswith('blocks.')
+  }
+  (line,) = tiny.lines(tmp_path / 'run', 'train')
+  assert 0 <= line['distill_outputs'] < 0.1
+  assert 'distill_features' in line
+  config.train.init_from = str(tmp_path / 'nothing')
+  with pytest.raises(UserError, match='nothing'):
+    loop.run(config, tmp_path / 'other')
+
+
+def test_token_ids_without_text_are_counted_in_tokens(tmp_path):
+  rng = np.random.default_rng(0)
+  np.save(tmp_path / 'ids.npy', rng.integers(0, 50, (120, 24)).astype(np.uint16))
+  data = {'source': str(tmp_path / 'ids.npy'), 'tokenizer': 'none', 'separator': '50'}
+  config = tiny.config('', data=data, train={'steps': 2})
+  config.model.vocab = 52
+  result = loop.run(config, tmp_path / 'run')
+  assert 4 < result['held_out_bits_per_token'] < 7
+  assert 'held_out_bits_per_byte' not in result
+  config.model.vocab = 50
+  with pytest.raises(UserError, match=r'model\.vocab=50'):
+    loop.run(config, tmp_path / 'small')
 
 
 def test_a_workdir_is_used_by_one_process(tmp_path):
