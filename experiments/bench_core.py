@@ -205,7 +205,7 @@ def loop(sizes):
   rounds = []
   with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
     config, n = loop_config(sizes, folder), sizes.loop_steps
-    bare, seconds = bare_step(config), 0.0
+    bare, seconds = bare_step(config, os.path.join(folder, 'run')), 0.0
     for i in range(sizes.loop_rounds):
       config.train.steps = (i + 1) * n
       now = train_loop.run(config, os.path.join(folder, 'run'))['seconds']
@@ -241,18 +241,16 @@ def loop_config(sizes, folder):
   )
 
 
-def bare_step(config):
+def bare_step(config, workdir):
   """A function of n: runs n steps of the loop's jitted step on batches on the device, returns seconds a step."""
-  from models import state as model_state
-  from train import corpus, data, optimizer, state, step
+  from train import data, program, sharding, store
 
-  tx = optimizer.make(config.optimizer, config.train.steps)
-  schedule = optimizer.schedule(config.optimizer, config.train.steps)
-  held = [jax.jit(state.initializer(config.model, tx, config.seed))()]
-  rows = data.Rows(corpus.load(config.data).side(corpus.TRAIN), config.data.seq_len)
-  B = config.data.batch
-  batches = [jax.device_put(rows(np.arange(i * B, (i + 1) * B) % len(rows))) for i in range(8)]
-  jitted = jax.jit(step.trainer(model_state.graph(config.model), tx, schedule), donate_argnums=0)
+  made = program.make(config, sharding.make_mesh(config.mesh))
+  held = [made.first_state()]
+  corpus = store.open_or_prepare(config.data, workdir)
+  rows = data.Rows(corpus.parts[0].train, config.data.seq_len, separator=corpus.separator)
+  B, jitted = config.data.batch, made.train_step
+  batches = [jax.device_put(rows(np.arange(i * B, (i + 1) * B) % len(rows)), made.by_rows) for i in range(8)]
   held[0], _ = jitted(held[0], batches[0])
 
   def run(n):
@@ -276,12 +274,13 @@ def jax_step(sizes):
 
   model = DecoderConfig(vocab=288, width=sizes.width, depth=sizes.depth, heads=4, layers=[LayerSpec()])
   config = train_config.Config(model=model, optimizer=train_config.OptimizerConfig(schedule='constant', warmup_steps=0))
-  tx = optimizer.make(config.optimizer, 1000)
   graph, params = state.split(Decoder(model, rngs=nnx.Rngs(0)))
+  tx = optimizer.make(config.optimizer, 1000, params)
   held = [params, tx.init(params)]
 
   def objective(params, tokens, targets):
-    sums = loss.cross_entropy(state.merge(graph, params)(tokens), targets, jnp.ones(targets.shape))
+    ones = jnp.ones(targets.shape)
+    sums = loss.cross_entropy(state.merge(graph, params)(tokens), targets, ones, ones)
     return sums['nll'] / sums['tokens']
 
   def update(params, opt_state, tokens, targets):

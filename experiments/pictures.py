@@ -115,7 +115,7 @@ def attention_map(weights, text):
 
   Args:
     weights: [T, T] probabilities, row = query; entries at zero are left empty.
-    text: T byte values; 256 and above are special tokens.
+    text: T byte values, 256 and above special tokens; or T texts of tokens.
 
   Returns:
     SVG text.
@@ -125,14 +125,15 @@ def attention_map(weights, text):
   figure = Figure(figsize=(8.2, 8.2), layout='constrained')
   axes = figure.subplots()
   picture = axes.imshow(weights, cmap='viridis', norm=PowerNorm(0.5, 0, np.nanmax(weights)), interpolation='nearest')
-  labels = [glyph(token) for token in text]
+  labels = [''.join(map(glyph, token.encode())) if isinstance(token, str) else glyph(token) for token in text]
+  unit = 'token' if isinstance(text[0], str) else 'byte'
   size = min(9.0, 500 / T)
   axes.set_xticks(range(T), labels, fontfamily='monospace', fontsize=size)
   axes.set_yticks(range(T), labels, fontfamily='monospace', fontsize=size)
   _axes_style(axes, grid=False)
   axes.tick_params(length=0, labelsize=size, labeltop=True, labelbottom=True, pad=2)
-  axes.set_xlabel('key: the byte looked at')
-  axes.set_ylabel('query: the byte that looks')
+  axes.set_xlabel(f'key: the {unit} looked at')
+  axes.set_ylabel(f'query: the {unit} that looks')
   # A causal map leaves its upper right empty.
   bar = figure.colorbar(picture, cax=axes.inset_axes((0.93, 0.45, 0.025, 0.45)))
   bar.ax.yaxis.set_ticks_position('left')

@@ -1,4 +1,4 @@
-"""What a trained model does with text: which bytes a head looks at, what it writes after a prompt."""
+"""What a trained model does with text: which tokens a head looks at, what it writes after a prompt."""
 
 import re
 
@@ -6,22 +6,24 @@ import jax
 import numpy as np
 
 from models.generate import Sampling, generate
-from train.config import SEPARATOR
+from train import tokenizers
 
-FAR = 4  # bytes back from which on a head is said to look far
+BYTES = tokenizers.Bytes()
+FAR = 4  # tokens back from which on a head is said to look far
 PYTHON_PROMPTS = ('import ', 'def __init__(self, ', 'class ', '    """Return the ')
 TEMPERATURES = (0.5, 0.9)
-NEW_BYTES = 200
+NEW_TOKENS = 200
 
 
-def snippet(files, length):
-  """(file name, tokens): a separator and length - 1 bytes of a held-out file, from the start of a method if any."""
+def snippet(files, length, tokenizer=BYTES):
+  """(file name, tokens): a separator and length - 1 tokens of a held-out file, from the start of a method if any."""
+  cut = lambda text: [tokenizer.separator, *tokenizer.encode_texts([text])[0][: length - 1].tolist()]
   for name, text in files:
     found = re.search(rb'    def __init__\(self, [^\n]+\n        self\.[^\n]+\n', text)
     if found and len(text) - found.start() >= length:
-      return name, [SEPARATOR, *text[found.start() : found.start() + length - 1]]
+      return name, cut(text[found.start() :])
   name, text = max(files, key=lambda file: len(file[1]))
-  return name, [SEPARATOR, *text[: length - 1]]
+  return name, cut(text)
 
 
 def farthest_head(config, model, tokens):
@@ -57,31 +59,33 @@ def prompts(data, files):
   return [as_text(text[:24]) for _, text in files[:3]]
 
 
-def continuations(config, model, texts, temperature, seed=0):
+def continuations(config, model, texts, temperature, seed=0, tokenizer=BYTES):
   """What the model writes after each text, up to its row length, or until it ends the file.
 
   Args:
     config: train.config.Config.
     model: Decoder.
     texts: [str].
-    temperature: 0 takes the most likely byte.
+    temperature: 0 takes the most likely token.
     seed: of sampling.
+    tokenizer: of the run.
 
   Returns:
     [str], without the prompts. Bytes that are no text show as replacement characters.
   """
   T = config.data.seq_len
   # A line end first: in the middle of a file a prompt stands at the start of a line.
-  rows = [list(f'\n{text}'.encode()[: max(1, T - 1)]) for text in texts]
-  new = max(1, min(NEW_BYTES, T - max(map(len, rows))))
+  encoded = tokenizer.encode_texts([f'\n{text}'.encode() for text in texts])
+  rows = [ids[: max(1, T - 1)].tolist() for ids in encoded]
+  new = max(1, min(NEW_TOKENS, T - max(map(len, rows))))
   key = jax.random.key(seed) if temperature else None
-  got = generate(model, rows, new, sampling=Sampling(temperature), key=key, stop_tokens=[SEPARATOR])
-  return [as_text(tokens) for (tokens,) in got.tokens]
+  got = generate(model, rows, new, sampling=Sampling(temperature), key=key, stop_tokens=[tokenizer.separator])
+  return [as_text(tokens, tokenizer) for (tokens,) in got.tokens]
 
 
-def as_text(tokens):
-  """Bytes or ids as text; control characters and broken UTF-8 show as replacement characters, 256 as an end sign."""
+def as_text(tokens, tokenizer=BYTES):
+  """Ids as text; control characters and broken UTF-8 show as replacement characters, the separator as an end sign."""
   tokens = [int(token) for token in tokens]
-  text = bytes(token for token in tokens if token < SEPARATOR).decode('utf-8', errors='replace')
+  text = tokenizer.decode([token for token in tokens if token != tokenizer.separator])
   text = ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
-  return text + ('∎' if SEPARATOR in tokens else '')
+  return text + ('∎' if tokenizer.separator in tokens else '')

@@ -16,7 +16,7 @@ from absl import logging
 
 from experiments import compressors, page, pictures, reading, runs
 from models import decoder
-from train import checkpoint, config as configs
+from train import checkpoint, config as configs, tokenizers
 from train.config import UserError
 
 LONGER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results', 'quickstart_long.json')
@@ -31,7 +31,7 @@ def build(run, longer_path=LONGER, say=print):
     say: called with lines of progress.
   """
   with timed(say, 'reading the text'):
-    files = runs.held_out_files(run)
+    files, tokenizer = runs.held_out_files(run), tokenizers.load(run.config.data)
   with timed(say, f'compressing {len(files)} held-out files by {", ".join(compressors.COMMANDS)}'):
     packed = compressors.bits_per_byte(files)
   with timed(say, 'loading the checkpoint'):
@@ -41,9 +41,9 @@ def build(run, longer_path=LONGER, say=print):
   with timed(say, 'drawing the curves and masks'):
     parts += [*curves_section(run, packed), *masks_section(run.config)]
   with timed(say, 'drawing an attention map'):
-    parts += attention_section(run.config, model, files)
+    parts += attention_section(run.config, model, files, tokenizer)
   with timed(say, 'sampling'):
-    parts += samples_section(run.config, model, files)
+    parts += samples_section(run.config, model, files, tokenizer)
   parts += facts_section(run, step)
   return page.page(f'{run.workdir.name}: a run of attnloom', parts)
 
@@ -51,7 +51,7 @@ def build(run, longer_path=LONGER, say=print):
 def headline(run, step):
   """Title and the figures that matter most."""
   model, final = run.config.model, run.final
-  parts = [page.heading(f'{run.workdir.name}: a byte-level decoder of {model.depth} layers', 1)]
+  parts = [page.heading(f'{run.workdir.name}: a decoder of {unit(run.config)}s with {model.depth} layers', 1)]
   if run.result:
     text = f'Finished after {run.steps:,} steps, {run.date}, on {run.device}.'
   else:
@@ -88,9 +88,9 @@ def comparison(run, files, packed):
   parts.append(page.table(('', 'bits per byte', f'bytes for {count:,}'), rows, own=own))
   text = (
     f'All are measured on the same {len(files)} held-out files. The compressors get them joined into one, which is '
-    f'their best case, and start from nothing. The model has been trained on {run.train[-1]["tokens_so_far"]:,} bytes '
-    f'of other text (of {run.corpus["train"]["bytes"]:,}), and its own size is not counted; it sees no more than '
-    f'{run.config.data.seq_len} bytes back.'
+    f'their best case, and start from nothing. The model has been trained on {run.train[-1]["tokens_so_far"]:,} '
+    f'{unit(run.config)}s of other text (of {run.corpus["train"][f"{unit(run.config)}s"]:,}), and its own size is not '
+    f'counted; it sees no more than {run.config.data.seq_len} {unit(run.config)}s back.'
   )
   if run.final and not run.final['is_all']:
     text += f' Its figure is of a part of them, {run.final["bytes"]:,} bytes: the run is not finished.'
@@ -148,7 +148,8 @@ def longer_section(run, longer, path):
   own = [(line['tokens_so_far'], line['bits_per_byte']) for line in run.held_out]
   curves = {'this run': own, 'longer run': [(tokens, bits) for _, tokens, bits in longer['curve']['held_out']]}
   picture = pictures.longer_run({name: points for name, points in curves.items() if points}, longer['compressors'])
-  caption = 'Held-out bits per byte against tokens trained on; a token is a byte. Dashed: compressors on the same text.'
+  what = 'tokens trained on; a token is a byte' if unit(run.config) == 'byte' else 'tokens trained on'
+  caption = f'Held-out bits per byte against {what}. Dashed: compressors on the same text.'
   return [*parts, page.paragraph(text), page.figure(picture, caption)]
 
 
@@ -171,7 +172,7 @@ def masks_section(config):
   masks = decoder.layer_masks(model, T)
   titles = [f'layer{"s" if len(at) > 1 else ""} {listed(at)}: {pattern(*kind)}' for kind, at in layers.items()]
   picture = pictures.layer_masks([masks[at[0]] for at in layers.values()], titles)
-  caption = f'What each layer may see in {T} bytes: rows look at columns, blue = allowed.'
+  caption = f'What each layer may see in {T} {unit(config)}s: rows look at columns, blue = allowed.'
   return [page.heading('Masks'), page.figure(picture, caption)]
 
 
@@ -187,26 +188,28 @@ def listed(layers):
   return ', '.join(shown if len(shown) <= 6 else [*shown[:5], '...', shown[-1]])
 
 
-def attention_section(config, model, files):
+def attention_section(config, model, files, tokenizer):
   """The attention map of one head on a held-out snippet."""
-  name, tokens = reading.snippet(files, min(64, config.data.seq_len))
+  name, tokens = reading.snippet(files, min(64, config.data.seq_len), tokenizer)
   layer, head, weights, share, count = reading.farthest_head(config.model, model, tokens)
   spec = config.model.spec(layer)
+  shown = tokens if unit(config) == 'byte' else [reading.as_text([token], tokenizer) for token in tokens]
   caption = (
     f'Layer {layer + 1} ({pattern(spec.window, spec.chunk)}), head {head + 1}: of {count} heads the one that puts the '
-    f'most weight ({share:.0%}) on bytes {reading.FAR} or more back, the first excepted. The text is from {name}, held '
-    f'out, given alone after a separator (∅). · is a space, ↵ a line end.'
+    f'most weight ({share:.0%}) on {unit(config)}s {reading.FAR} or more back, the first excepted. The text is from '
+    f'{name}, held out, given alone after a separator (∅). · is a space, ↵ a line end.'
   )
-  return [page.heading('An attention map'), page.figure(pictures.attention_map(weights, tokens), caption)]
+  return [page.heading('An attention map'), page.figure(pictures.attention_map(weights, shown), caption)]
 
 
-def samples_section(config, model, files):
+def samples_section(config, model, files, tokenizer):
   """What the model writes after some prompts."""
   parts = [page.heading('Samples')]
   prompts = reading.prompts(config.data, files)
   for temperature in reading.TEMPERATURES:
     parts.append(page.paragraph(f'After the blue prompt, sampled at temperature {temperature}:', is_soft=True))
-    for prompt, continued in zip(prompts, reading.continuations(config, model, prompts, temperature), strict=True):
+    continuations = reading.continuations(config, model, prompts, temperature, tokenizer=tokenizer)
+    for prompt, continued in zip(prompts, continuations, strict=True):
       parts.append(page.sample(prompt, continued))
   return parts
 
@@ -231,6 +234,11 @@ def facts_section(run, step):
   ]
   config = json.dumps(configs.to_dict(run.config), indent=2)
   return [page.heading('The run'), page.facts(rows), page.details('config', config)]
+
+
+def unit(config):
+  """What the model of a run reads: 'byte' or 'token'."""
+  return 'byte' if config.data.tokenizer == 'bytes' else 'token'
 
 
 def minutes(seconds):

@@ -5,8 +5,9 @@ import json
 from typing import Any
 
 from models import size
-from train import checkpoint, corpus as corpora, workdir as workdirs
+from train import checkpoint, store, workdir as workdirs
 from train.config import Config, UserError
+from train.corpus import HELD_OUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +97,14 @@ def read(workdir):
 
 
 def held_out_files(run):
-  """[(name, bytes)] of the held-out files of a run, in the order of their names.
+  """[(name, bytes)] of the held-out documents of a run, in the order of their names.
 
   Raises:
-    UserError: the text is not what it was when the run began.
+    UserError: the text is not what it was when the run began, or the run is of token ids without a text.
   """
-  corpus = corpora.load(run.config.data)
+  corpus = store.open_or_prepare(run.config.data, run.workdir)
   workdirs.check_corpus(run.workdir, run.stored, corpus)
-  return [(file.name, file.text) for file in corpus.side(corpora.HELD_OUT)]
+  return list(store.texts(run.config.data, corpus, HELD_OUT))
 
 
 def _lines(path):

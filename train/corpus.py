@@ -1,7 +1,8 @@
-"""Text files as one training and one held-out text: finding, checking, splitting, hashing.
+"""The files that a run reads, and which part of them is held out.
 
-A corpus is read whole into memory. It is split by top-level package (the first folder or the file below the root), so
-that a held-out file has no neighbour among the training files.
+Text files are split by top-level package (the first folder or the file below the root), so that a held-out file has no
+neighbour among the training files. Lines and rows of other files are split by a hash of their content, so that equal
+ones fall on one side.
 """
 
 import dataclasses
@@ -10,102 +11,73 @@ import hashlib
 import itertools
 import os
 import pathlib
-import stat
 import sysconfig
 
-from tqdm import tqdm
+import numpy as np
 
-from train.config import DataConfig, UserError
+from train import readers
+from train.config import DataConfig, SourceConfig, UserError
 
-TRAIN, HELD_OUT = 'train', 'held_out'
+TRAIN, HELD_OUT = SIDES = 'train', 'held_out'
 _SKIPPED_FOLDERS = {'site-packages', 'dist-packages', '__pycache__'}
 # A held-out package larger than this share of what is asked for would decide the figure alone.
 _LARGEST_SHARE = 1 / 3
-_FEW_PACKAGES = 8
+_FEW = 8  # packages or documents, below which one held out is enough
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
-  """One text file: `name` below its root (posix, unique), `package` (first part of the name), bytes, and its side."""
+class Source:
+  """One file of a corpus: number of its part, name (posix, unique in the part), path, format, and field of a text."""
 
+  part: int
   name: str
-  package: str
-  text: bytes
-  split: str = TRAIN
+  path: str
+  kind: str
+  field: str
+  is_held_out: bool = False  # named by data.held_out
+
+  @property
+  def package(self):
+    """The first part of its name."""
+    return self.name.split('/')[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-  """Files in the order of their names, what was left out and why, and a hash over names, contents and sides."""
-
-  files: list[File]
-  skipped: dict[str, str]
-  duplicates: list[str]
-  hash: str
-
-  def side(self, split):
-    """The files of one side, 'train' or 'held_out'."""
-    return [file for file in self.files if file.split == split]
-
-  def size(self, split):
-    """Bytes of one side."""
-    return sum(len(file.text) for file in self.side(split))
-
-  def record(self):
-    """What corpus.json holds: hash, counts, and name, side, bytes and short hash of every file."""
-    sides = {}
-    for split in (TRAIN, HELD_OUT):
-      files = self.side(split)
-      packages = {file.package for file in files}
-      sides[split] = {'files': len(files), 'packages': len(packages), 'bytes': self.size(split)}
-    return {
-      'hash': self.hash,
-      **sides,
-      'held_out_packages': sorted({file.package for file in self.side(HELD_OUT)}),
-      'skipped': self.skipped,
-      'duplicates': self.duplicates,
-      'files': [
-        [file.name, file.split, len(file.text), hashlib.sha256(file.text).hexdigest()[:16]] for file in self.files
-      ],
-    }
+def entries(config: DataConfig):
+  """[(name of the setting, SourceConfig)] of the parts of a mixture, or of the one source there is."""
+  if config.mixture:
+    return [(f'data.mixture[{i}].source', entry) for i, entry in enumerate(config.mixture)]
+  return [('data.source', SourceConfig(source=config.source, format=config.format, field=config.field))]
 
 
-def load(config: DataConfig):
-  """Reads, checks and splits the corpus that a config names.
-
-  Args:
-    config: source, held_out, bad_files, held_out_percent and split_seed are used.
-
-  Returns:
-    Corpus.
+def sources(config: DataConfig):
+  """All files of a corpus, by part and name; files of data.held_out stand in the first part, as 'held_out/...'.
 
   Raises:
-    UserError: nothing found, a path that does not exist, a bad file under bad_files='error', too little to split.
+    UserError: nothing found, or a path that does not exist.
   """
-  skipped: dict[str, str] = {}
-  files = _read(find(config.source, 'data.source'), config.bad_files, skipped)
+  found = []
+  for part, (setting, entry) in enumerate(entries(config)):
+    for name, path in find(entry.source, setting).items():
+      found.append(Source(part, name, path, entry.format or readers.format_of(path), entry.field))
   if config.held_out:
-    held = _read(find(config.held_out, 'data.held_out'), config.bad_files, skipped, prefix='held_out/')
-    files = files + [dataclasses.replace(file, split=HELD_OUT) for file in held]
-  else:
-    held_packages = split_packages(files, config.held_out_percent, config.split_seed)
-    files = [dataclasses.replace(file, split=HELD_OUT) if file.package in held_packages else file for file in files]
-  files, duplicates = _without_duplicates(files)
-  for split in (TRAIN, HELD_OUT):
-    if not any(file.split == split for file in files):
-      raise UserError(
-        f'data.source={config.source!r}: no file is left for {split!r} after {len(skipped)} bad files and '
-        f'{len(duplicates)} duplicates were left out'
-      )
-  return Corpus(files, skipped, duplicates, _hash(files))
+    for name, path in find(config.held_out, 'data.held_out').items():
+      kind = config.format or readers.format_of(path)
+      found.append(Source(0, f'held_out/{name}', path, kind, config.field, is_held_out=True))
+  return sorted(found, key=lambda source: (source.part, source.name))
 
 
 def check_outside(config: DataConfig, workdir):
-  """UserError if a folder of text holds the folder of the run: what a run writes would change its own text."""
-  for field in ('source', 'held_out'):
-    for part in _parts(getattr(config, field)):
-      if os.path.isdir(part) and pathlib.Path(os.path.realpath(workdir)).is_relative_to(os.path.realpath(part)):
-        raise UserError(f'workdir {workdir}: expected a folder outside of the text data.{field}={part!r}')
+  """UserError if a folder of text holds that of the run ('' if there is none) or of prepared tokens: what is written
+  there would change the text."""
+  written = {f'workdir {workdir}': workdir} if workdir else {}
+  if config.prepared:
+    written[f'data.prepared={config.prepared!r}'] = os.path.expanduser(config.prepared)
+  named = [(setting, entry.source) for setting, entry in entries(config)] + [('data.held_out', config.held_out)]
+  for setting, source in named:
+    for part in _parts(source):
+      for what, folder in written.items():
+        if os.path.isdir(part) and pathlib.Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(part)):
+          raise UserError(f'{what}: expected a folder outside of the text {setting}={part!r}')
 
 
 def find(source, field):
@@ -148,8 +120,14 @@ def find(source, field):
     tops |= {prefix + top: path for top, path in own.items()}
     found |= {prefix + name: path for path, name in names.items()}
   if not found:
-    raise UserError(f"{field}={source!r}: expected 'python_stdlib' or paths of text files, separated by commas")
+    raise UserError(f"{field}={source!r}: expected 'python_stdlib' or paths of files, separated by commas")
   return dict(sorted(found.items()))
+
+
+def absolute(source):
+  """A source with the paths that it means from any folder."""
+  stdlib = sysconfig.get_paths()['stdlib']
+  return ','.join(stdlib + '/**/*.py' if part == 'python_stdlib' else os.path.abspath(part) for part in _parts(source))
 
 
 def _parts(source):
@@ -178,41 +156,7 @@ def _walk(root):
   return paths
 
 
-def _read(found, bad_files, skipped, prefix=''):
-  """The files that are text; bad ones raise, or are written into `skipped` with the reason."""
-  files = []
-  for name, path in tqdm(found.items(), desc='reading text', unit=' files', delay=1.0, leave=False):
-    text, problem = read_text(path)
-    if problem and bad_files == 'error':
-      raise UserError(f'{path}: {problem}; remove it, or set data.bad_files=skip to leave such files out')
-    if problem:
-      skipped[prefix + name] = problem
-    else:
-      files.append(File(prefix + name, name.split('/')[0], text))
-  return files
-
-
-def read_text(path):
-  """(bytes, '') of a UTF-8 text file, or (b'', what is wrong with it)."""
-  try:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-      return b'', 'not a regular file'
-    with open(path, 'rb') as file:
-      text = file.read()
-  except OSError as error:
-    return b'', f'unreadable ({error.strerror or error})'
-  if not text:
-    return b'', 'empty'
-  if b'\0' in text:
-    return b'', f'binary (NUL byte at {text.index(0)})'
-  try:
-    text.decode('utf-8')
-  except UnicodeDecodeError as error:
-    return b'', f'badly encoded (not UTF-8 at byte {error.start})'
-  return text, ''
-
-
-def split_packages(files, percent, seed):
+def split_packages(sizes, percent, seed):
   """Which packages are held out: those that come first in an order given by a hash of the seed and their name.
 
   Packages are taken until `percent` of all bytes is reached. One that is larger than a third of this, or that would go
@@ -220,7 +164,7 @@ def split_packages(files, percent, seed):
   smallest if need be.
 
   Args:
-    files: [File].
+    sizes: {package: bytes}.
     percent: share of the bytes to hold out.
     seed: another seed gives another choice.
 
@@ -230,9 +174,6 @@ def split_packages(files, percent, seed):
   Raises:
     UserError: fewer than two packages.
   """
-  sizes: dict[str, int] = {}
-  for file in files:
-    sizes[file.package] = sizes.get(file.package, 0) + len(file.text)
   if len(sizes) < 2:
     raise UserError(
       f'data.source: expected at least 2 top-level folders or files, so that some can be held out, found {len(sizes)}; '
@@ -246,30 +187,30 @@ def split_packages(files, percent, seed):
     if total < wanted and sizes[package] <= _LARGEST_SHARE * wanted and total + sizes[package] <= 1.5 * wanted:
       held.add(package)
       total += sizes[package]
-  at_least = 2 if len(sizes) >= _FEW_PACKAGES else 1
+  at_least = 2 if len(sizes) >= _FEW else 1
   for package in sorted(order, key=lambda package: sizes[package]):
     if len(held) < at_least:
       held.add(package)
   return held
 
 
-def _without_duplicates(files):
-  """One file of each content. Held-out copies stay, so that no training text is held out too."""
-  seen: set[bytes] = set()
-  kept, duplicates = [], []
-  for file in sorted(files, key=lambda file: (file.split != HELD_OUT, file.name)):
-    digest = hashlib.sha256(file.text).digest()
-    if digest in seen:
-      duplicates.append(file.name)
-    else:
-      seen.add(digest)
-      kept.append(file)
-  return sorted(kept, key=lambda file: file.name), sorted(duplicates)
+def split_rows(digests, percent, seed):
+  """Whether each row is held out: a share of all contents, chosen by a hash of the seed and the content.
 
+  At least two contents are held out (one, where there are fewer than 8), but never all.
 
-def _hash(files):
-  digest = hashlib.sha256()
-  for file in files:
-    digest.update(f'{file.split}\0{file.name}\0{len(file.text)}\0'.encode())
-    digest.update(file.text)
-  return digest.hexdigest()
+  Args:
+    digests: uint64 [N, 2] of the contents.
+    percent: share of the contents to hold out, about.
+    seed: another seed gives another choice.
+
+  Returns:
+    bool [N].
+  """
+  prefix = f'{seed}:'.encode()
+  key = lambda digest: int.from_bytes(hashlib.sha256(prefix + digest.tobytes()).digest()[:8], 'little')
+  keys = np.array([key(digest) for digest in digests], np.uint64)
+  distinct = np.unique(keys)
+  at_least = min(2 if len(distinct) >= _FEW else 1, len(distinct) - 1)
+  threshold = min(np.uint64(int(percent / 100 * 2**64)), distinct[-1])  # what is largest is never held out
+  return (keys < threshold) | (keys <= distinct[at_least - 1] if at_least > 0 else False)

@@ -13,14 +13,16 @@ import sys
 
 from absl import logging
 
-from models import hf
-from models.hf.tokenizers import SEPARATOR
-from train import checkpoint, workdir as workdirs
+from models import adapters, hf
+from models.hf.tokenizers import FILE
+from train import checkpoint, tokenizers, workdir as workdirs
 from train.config import UserError
 
 
 def export(workdir, out, *, architecture=None, step=None):
-  """Saves the parameters of a run's checkpoint, its DecoderConfig, and its tokenizer, which is bytes.
+  """Saves the parameters of a run's checkpoint, its DecoderConfig, and its tokenizer, if it had one.
+
+  Adapters are merged into the weights.
 
   Args:
     workdir: of the run.
@@ -39,9 +41,22 @@ def export(workdir, out, *, architecture=None, step=None):
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f'out {out}: expected a new or empty folder; nothing was changed')
   config, model, step = checkpoint.load_model(workdir, step)
-  settings = {'bos_token_id': SEPARATOR, 'eos_token_id': SEPARATOR}
-  hf.save(out, model, config.model, architecture=architecture, settings=settings, tokenizer='bytes')
+  model, model_config = adapters.merged(model, config.model)
+  used = tokenizers.load(config.data)
+  tokenizer = 'bytes' if used.fingerprint == 'bytes' else _folder(workdir, used) if used.path else None
+  settings = {'bos_token_id': used.separator, 'eos_token_id': used.separator}
+  hf.save(out, model, model_config, architecture=architecture, settings=settings, tokenizer=tokenizer)
   return step
+
+
+def _folder(workdir, used):
+  """The folder of a run's tokenizer file, if that is still the one the run was trained with."""
+  files = workdirs.read_json(workdirs.expand(workdir) / workdirs.CORPUS)['files']
+  if used.fingerprint[:16] not in [digest for _, side, _, digest in files if side == 'tokenizer']:
+    raise UserError(f'{used.path}: the tokenizer has changed since the run began; nothing was written')
+  if os.path.basename(used.path) != FILE:
+    raise UserError(f'{used.path}: expected a file called {FILE}, as loading the checkpoint will; nothing was written')
+  return os.path.dirname(used.path)
 
 
 def main(argv=None):

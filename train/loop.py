@@ -73,10 +73,10 @@ def run(config, workdir):
 
     processes.first_only(prepare, 'prepare')
     corpus = store.open_or_prepare(config.data, workdir, vocab=config.model.vocab, is_writer=False)
-    unit, teaching = corpus.unit, ()
+    unit, teaching = corpus.unit, []
     if config.distill.teacher:
       teacher = distill.load_teacher(config.distill, config.model, mesh)
-      program, teaching = programs.make(config, mesh, teacher), (teacher.params,)
+      program, teaching = programs.make(config, mesh, teacher), [teacher.params]
 
     # 2. Data: numpy rows, which `to_global` makes global arrays of.
     T, B, eval_B = config.data.seq_len, config.data.batch, config.eval.batch or config.data.batch
@@ -170,10 +170,10 @@ def run(config, workdir):
     # 4. The loop. The host waits only for figures that are LATE steps old, to evaluate and to save.
     watch = interrupt.Watch()
     at_end.enter_context(jax.set_mesh(mesh))
-    window = metrics.Window(unit, program.also)
     evaluated = processes.first_only(lambda: writer.evaluated, 'evaluated')
     if is_due(start, config.eval.every) and evaluated < start < config.train.steps:
       evaluate(start, some_rows)  # a signal ended it
+    window = metrics.Window(unit, program.also)
     for step in range(start + 1, config.train.steps + 1):
       began, is_last, profiled = time.monotonic(), step == config.train.steps, step - start - PROFILE_FROM
       if config.train.profile_steps and profiled == 0:

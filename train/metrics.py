@@ -5,9 +5,10 @@ A line of metrics.jsonl is a JSON object with `kind` and `step` (steps done):
     train       the `steps` steps up to `step`, those left out not counted: loss (nats per token), bits_per_byte (or
                 bits_per_token, where the data is token ids without a tokenizer), tokens, grad_norm (mean),
                 learning_rate (of the last step), seconds (of training since the run began, compiling, evaluating and
-                saving left out), tokens_per_second, mfu (0 if unknown); with a z-loss or a teacher also z, distill_outputs,
-                distill_features, distill_attention (per token, before their weights)
-    eval        bits_per_byte on `bytes` held-out bytes (or bits_per_token, tokens), is_all (whether these are all), seconds it took
+                saving left out), tokens_per_second, mfu (0 if unknown); with a z-loss or a teacher also z,
+                distill_outputs, distill_features, distill_attention (per token, before their weights)
+    eval        bits_per_byte on `bytes` held-out bytes (or bits_per_token, tokens), is_all (whether these are all),
+                seconds it took
     not_finite  a step that was left out, or that stopped the run: loss, grad_norm, rows (what the batch was cut from),
                 skipped (steps left out so far)
 
@@ -33,10 +34,11 @@ class Writer:
   Attributes:
     seconds: of training in all lines.
     tokens: trained on in these seconds.
+    evaluated: step of the last eval line, 0 if there is none.
   """
 
   def __init__(self, workdir, step, *, has_tensorboard, is_on=True):
-    self.seconds, self.tokens = 0.0, 0.0
+    self.seconds, self.tokens, self.evaluated = 0.0, 0.0, 0
     self._file = self._board = None
     if not is_on:
       return
@@ -74,6 +76,8 @@ class Writer:
     if record['kind'] == 'train':
       self.tokens += record['tokens_per_second'] * (record['seconds'] - self.seconds)
       self.seconds = record['seconds']
+    elif record['kind'] == 'eval':
+      self.evaluated = record['step']
 
 
 def _lines_up_to(path, step):

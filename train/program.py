@@ -57,8 +57,8 @@ class Program(NamedTuple):
   def batch_shapes(self):
     """{name: shape, dtype and placement} of a training batch."""
     data = self.config.data
-    kinds = {name: jnp.int32 for name in ('tokens', 'targets', 'segment_ids')}
-    kinds |= {name: jnp.float32 for name in ('weights', 'bytes')}
+    kinds = dict.fromkeys(('tokens', 'targets', 'segment_ids'), jnp.int32)
+    kinds |= dict.fromkeys(('weights', 'bytes'), jnp.float32)
     if self.mesh.shape['context'] > 1:
       kinds['positions'] = jnp.int32
     shape = (data.batch, data.seq_len)
@@ -110,7 +110,7 @@ def make(config, mesh, teacher=None):
     steps.evaluator(graph, loss_chunk=train.loss_chunk), in_shardings=(placed.params, by_rows), out_shardings=whole
   )
   is_finite = jax.jit(steps.is_finite, in_shardings=(placed.params,), out_shardings=whole)
-  also = ('z',) if train.z_loss else ()
+  also: tuple = ('z',) if train.z_loss else ()
   if teacher is not None:
     also += tuple(f'distill_{name}' for name in ('outputs', 'features', 'attention') if getattr(config.distill, name))
   return Program(

@@ -93,8 +93,9 @@ def footer(values):
   """The table at the end of a run, from the contents of result.json."""
   unit = 'byte' if 'held_out_bytes' in values else 'token'
   use = f' ({values["mfu"]:.0%} of the peak of {values["peak_flops"]:.3g} FLOP/s, {values["peak_source"]})'
+  bits, size = values[f'held_out_bits_per_{unit}'], values[f'held_out_{unit}s']
   return metrics.table([
-    ('held out', f'{values[f"held_out_bits_per_{unit}"]:.4f} bits per {unit}, all {values[f"held_out_{unit}s"]:,} {unit}s'),
+    ('held out', f'{bits:.4f} bits per {unit}, all {size:,} {unit}s'),
     ('trained', f'{values["steps"]:,} steps, {values["tokens"]:,} tokens, {metrics.clock(values["seconds"])}'),
     ('speed', f'{values["tokens_per_second"]:,.0f} tokens/s' + (use if values['mfu'] else '')),
   ])

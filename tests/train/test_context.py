@@ -16,9 +16,9 @@ from models import decoder, state as model_state
 from models.config import LayerSpec
 from models.generate import generate
 from tests.models import small
-from tests.train.test_sharding import FILES, FULL, three_steps
+from tests.train.test_sharding import FULL, TOKENS, three_steps
 from train import data, loss, sharding
-from train.config import MeshConfig
+from train.config import SEPARATOR, MeshConfig
 
 # Beside the window that tests/train/test_sharding.py has on such meshes: a chunk, and a layer without rotation.
 HYBRID = dataclasses.replace(FULL, layers=[LayerSpec(chunk=6), LayerSpec(rope_fraction=0.0)], remat='dots')
@@ -29,7 +29,7 @@ T, B = 16, 8
 def batch(mesh):
   """A batch as the loop gives it, on a mesh."""
   by_rows = NamedSharding(mesh, sharding.ROWS)
-  _, local, arrays = next(data.batches(data.Rows(FILES, T), B, by_rows, 0))
+  _, local, arrays = next(data.batches(data.Rows(TOKENS, T, separator=SEPARATOR), B, by_rows, 0))
   return arrays, data.to_global(local, arrays, B, by_rows)
 
 
@@ -73,9 +73,10 @@ def gradient(remat, context, chunk=0):
   by_rows = NamedSharding(mesh, sharding.ROWS)
   given = lambda dtype: jax.ShapeDtypeStruct((4, 64), dtype, sharding=by_rows)
   arrays = {name: given(jnp.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
+  arrays |= {name: given(jnp.float32) for name in ('weights', 'bytes')}
   nll = lambda params, arrays: loss.of_model(model_state.merge(graph, params), arrays, chunk)['nll']
   with jax.set_mesh(mesh):
-    made = jax.jit(jax.grad(nll)).lower(model_state.abstract_params(config), arrays | {'weights': given(jnp.float32)})
+    made = jax.jit(jax.grad(nll)).lower(model_state.abstract_params(config), arrays)
     return made.compile().as_text()
 
 

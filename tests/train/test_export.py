@@ -7,6 +7,7 @@ import pytest
 
 from models import hf, state
 from models.hf.tokenizers import SEPARATOR, ByteTokenizer
+from tests.models.hf import made_tokenizers as made
 from tests.train import tiny
 from train import checkpoint, export, loop
 from train.config import UserError
@@ -45,6 +46,24 @@ def test_an_older_step(run, tmp_path):
   newest = state.split(checkpoint.load_model(run)[1])[1]
   np.testing.assert_array_equal(got['embed.table'], want['embed.table'])
   assert np.any(got['embed.table'] != newest['embed.table'])
+
+
+def test_the_tokenizer_of_the_run_comes_along(tmp_path, capsys):
+  library = made.byte_level()
+  made.folder(tmp_path / 'hf', library)
+  data = {'tokenizer': str(tmp_path / 'hf'), 'separator': '</s>'}
+  config = tiny.config(
+    tiny.write_corpus(tmp_path / 'text'), data=data, train={'steps': 1}, model={'vocab': library.get_vocab_size()}
+  )
+  loop.run(config, str(tmp_path / 'run'))
+  export.export(tmp_path / 'run', tmp_path / 'model')
+  found = hf.tokenizer(tmp_path / 'model')
+  assert found.encode('alpha beta') == library.encode('alpha beta').ids
+  assert hf.stop_tokens(tmp_path / 'model') == (library.token_to_id('</s>'),)
+  made.folder(tmp_path / 'hf', made.with_fallback())
+  assert export.main([f'--workdir={tmp_path}/run', f'--out={tmp_path}/other']) == 2
+  assert 'the tokenizer has changed since the run began' in capsys.readouterr().err
+  assert not (tmp_path / 'other').exists()
 
 
 def test_refuses(run, tmp_path, capsys):

@@ -255,7 +255,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(source, tmp_path, mo
 
 
 def test_a_run_with_everything(tmp_path):
-  """Records of two formats by weight, packed whole, Muon with groups, averages, z-loss, half precision; stopped once."""
+  """Two formats by weight, packed whole, Muon with groups, averages, z-loss, bfloat16, accumulation; stopped once."""
   words = [f'{word} {"abc" * (i % 5)}' for i, word in enumerate(tiny.WORDS * 12)]
   with open(tmp_path / 'a.jsonl', 'w', encoding='utf-8') as file:
     file.writelines(json.dumps({'content': f'{i} {word}'}) + '\n' for i, word in enumerate(words))
