@@ -6,6 +6,7 @@ start of a run; nothing changes it afterwards.
 
 import copy
 import dataclasses
+import re
 import typing
 
 from models.config import DecoderConfig
@@ -282,12 +283,12 @@ class Config:
   log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
-# A run may go on after a change of these: they do not say what is computed (mesh: up to rounding), or, as the number of
-# steps, are meant to be changed.
-CHANGEABLE = (
-  'train.steps', 'train.profile_steps', 'train.peak_flops', 'train.skip_nonfinite', 'data.prepared', 'mesh.', 'eval.',
-  'checkpoint.', 'log.',
-)  # fmt: skip
+# A run may go on after a change of these: they do not say what is computed (up to rounding: a run may move to another
+# machine), or, as the number of steps, are meant to be changed.
+CHANGEABLE = re.compile(
+  r'train\.(steps|profile_steps|peak_flops|skip_nonfinite|accumulate|loss_chunk)|data\.prepared'
+  r'|model\.(remat|implementation|layers\[\d+\]\.remat)|(mesh|eval|checkpoint|log)\..*'
+)
 
 
 def load(config):
@@ -347,5 +348,5 @@ def differences(old, new):
   return [
     f'{path}: {old.get(path, "(none)")!r} -> {new.get(path, "(none)")!r}'
     for path in dict.fromkeys([*old, *new])
-    if old.get(path) != new.get(path) and not path.startswith(CHANGEABLE)
+    if old.get(path) != new.get(path) and not CHANGEABLE.fullmatch(path)
   ]

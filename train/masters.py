@@ -5,7 +5,6 @@ bfloat16 has 8 bits for the digits of a number: near 1 it cannot hold a step bel
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -18,13 +17,14 @@ class State(NamedTuple):
 
 
 def keep(tx, params):
-  """A transformation that moves float32 copies as `tx` says, and gives updates whose result is their rounding.
+  """A transformation that moves float32 copies as `tx` says, and gives updates that lead to their rounding.
 
       masters <- masters + tx(float32(gradient), masters)
-      update  =  round(masters) - params,    so that params + update = round(masters)
+      update  =  masters - params,    so that optax.apply_updates gives round(masters)
 
-  Gradients and updates of narrow parameters are float32, and so is all that `tx` keeps of them. The state must be made
-  from the parameters that training starts with: with others, the first update would bring back those it was made from.
+  The difference of a number and its rounding is exact in float32, and so is the sum that undoes it. Updates of narrow
+  parameters are float32, and so is all that `tx` keeps of them. The state must be made from the parameters that
+  training starts with: with others, the first update would bring back those it was made from.
 
   Args:
     tx: optax.GradientTransformation for {path: array}.
@@ -50,12 +50,7 @@ def keep(tx, params):
     wide = widened(params)
     updates, inner = tx.update(widened(updates), state.inner, wide | state.masters)
     masters = {path: x + updates[path].astype(jnp.float32) for path, x in state.masters.items()}
-    steps = {path: _rounded(x, params[path].dtype) - wide[path] for path, x in masters.items()}
+    steps = {path: x - wide[path] for path, x in masters.items()}
     return updates | steps, State(masters, inner)
 
   return optax.GradientTransformation(init, update)
-
-
-def _rounded(x, dtype):
-  """x with the digits of dtype, still as float32; unlike a pair of casts, the compiler does not leave it out."""
-  return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)

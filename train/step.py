@@ -52,7 +52,8 @@ def trainer(sums_of, tx, schedule, *, trainable=None, accumulate=1, ema_decay=0.
       )
       (grads, sums), _ = jax.lax.scan(lambda total, part: add(total, summed(part)), zeros, parts)
     tokens = jnp.maximum(sums['tokens'], 1)
-    grads = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), grads, trained)
+    # Not narrower than float32: optimizers keep their own copy of narrow parameters (train/masters.py).
+    grads = jax.tree.map(lambda g: (g / tokens).astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
     norm, done = optax.tree.norm(grads), state.step - state.skipped
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     new = optax.apply_updates(trained, updates)
