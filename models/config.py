@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 
@@ -11,8 +12,9 @@ MLPS = ('swiglu', 'geglu', 'swiglu_clipped', 'gelu', 'relu2')
 NORMS = ('pre', 'post', 'both')
 QK_NORMS = ('', 'head', 'all')
 ATTN_BIASES = ('', 'qkv', 'qkvo')
-REMATS = ('none', 'full', 'dots')
+REMATS = ('none', 'full', 'attention', 'dots')
 ROPE_SCALINGS = ('', 'linear', 'ntk', 'yarn', 'llama3', 'longrope')
+ADAPTED = r'.*\.mixer\.[qkvo]'  # linear maps that have an adapter if nothing else is said
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
 
@@ -35,6 +37,7 @@ class LayerSpec:
     rope_truncate: 'yarn' rounds the ends of its ramp to whole pairs.
     rope_attention_factor: of 'yarn' and 'longrope', on rotated channels; 0 means what their papers say.
     rope_factors: of 'longrope', what divides the frequency of each pair.
+    remat: as the model's, for this layer; '' means model.remat.
   """
 
   mixer: str = 'attention'
@@ -50,11 +53,12 @@ class LayerSpec:
   rope_truncate: bool = True
   rope_attention_factor: float = 0.0
   rope_factors: list[float] = dataclasses.field(default_factory=list)
+  remat: str = ''
 
   def validate(self, name='layer'):
     """Raises ValueError that names the field, its value and what was expected."""
     at_least(self, name, {'window': 0, 'chunk': 0, 'rope_original_length': 0})
-    one_of(self, name, {'rope_scaling': ROPE_SCALINGS})
+    one_of(self, name, {'rope_scaling': ROPE_SCALINGS, 'remat': ('', *REMATS)})
     if not 1 < self.rope_base < math.inf:
       raise ValueError(f'{name}.rope_base={self.rope_base} must be a finite number above 1')
     if not 0 <= self.rope_fraction <= 1:
@@ -144,8 +148,13 @@ class DecoderConfig:
     embed_scale: factor on the rows of the embedding table; 0 means sqrt(width) / 4. The table starts at a standard
       deviation of width ** -0.5, so that logits start near 1, which alone is little beside what layers add.
     norm_eps: added to the mean square in RMSNorm.
-    remat: what the backward pass computes again: 'none'; 'full' (all inside a layer); 'dots' (all but the results
-      of the projections and of attention).
+    adapter_rank: inner width of low-rank adapters beside linear maps, see models/layers.py; 0 means none.
+    adapter_alpha: what they add is multiplied by adapter_alpha / adapter_rank; 0 means adapter_rank.
+    adapter_match: which linear maps have one: regular expression that a whole path, as 'blocks.0.mixer.q', must match;
+      '' means those of all mixers that are named q, k, v or o.
+    remat: what the backward pass computes again: 'none'; 'full' (all inside a layer); 'attention' (all but the results
+      of attention); 'dots' (all but these and the results of the projections). From least to most memory: 'full',
+      'attention', 'dots', 'none'.
     scan: run the repeats of the pattern as one jax.lax.scan, so that compile time does not grow with depth.
     dtype: of activations and matrix products. Statistics and logits are at least float32.
     param_dtype: of parameters.
@@ -175,6 +184,9 @@ class DecoderConfig:
   tied_embeddings: bool = True
   embed_scale: float = 0.0
   norm_eps: float = 1e-6
+  adapter_rank: int = 0
+  adapter_alpha: float = 0.0
+  adapter_match: str = ''
   remat: str = 'none'
   scan: bool = False
   dtype: str = 'float32'
@@ -207,6 +219,10 @@ class DecoderConfig:
   def is_gated(self):
     """Whether the MLP multiplies two projections."""
     return self.mlp in ('swiglu', 'geglu', 'swiglu_clipped')
+
+  def has_adapter(self, path):
+    """Whether the linear map at a path, as 'blocks.0.mixer.q', has a low-rank adapter."""
+    return self.adapter_rank > 0 and bool(re.fullmatch(self.adapter_match or ADAPTED, path))
 
   def spec(self, layer):
     """The LayerSpec of layer 0, 1, ... depth - 1."""
@@ -242,6 +258,7 @@ class DecoderConfig:
         raise ValueError(f'{name}.{field}={getattr(self, field)} must be a finite number, 0 (off) or above')
     if not 0 < self.norm_eps < 1:
       raise ValueError(f'{name}.norm_eps={self.norm_eps} must lie between 0 and 1')
+    self._validate_adapters(name)
     for i, spec in enumerate(self.layers):
       spec.validate(f'{name}.layers[{i}]')
       one_of(spec, f'{name}.layers[{i}]', {'mixer': tuple(mixers.MIXERS)})
@@ -251,6 +268,19 @@ class DecoderConfig:
         except ValueError as e:
           raise ValueError(f'{name}.layers[{i}].rope_fraction={spec.rope_fraction}: {e}') from e
     return self
+
+  def _validate_adapters(self, name):
+    """ValueError for settings of adapters that are out of range or have no effect."""
+    at_least(self, name, {'adapter_rank': 0})
+    if not 0 <= self.adapter_alpha < math.inf:
+      raise ValueError(f'{name}.adapter_alpha={self.adapter_alpha} must be a finite number, 0 (adapter_rank) or above')
+    for field in ('adapter_alpha', 'adapter_match'):
+      if getattr(self, field) and not self.adapter_rank:
+        raise ValueError(f'{name}.{field}={getattr(self, field)!r} has no effect with adapter_rank=0')
+    try:
+      re.compile(self.adapter_match)
+    except re.error as e:
+      raise ValueError(f'{name}.adapter_match={self.adapter_match!r} must be a regular expression: {e}') from e
 
 
 def at_least(record, name, least):

@@ -16,14 +16,19 @@ import numpy as np
 from flax import nnx
 
 from attn import masks
-from models import experts, layers, mixers
+from models import adapters, experts, layers, mixers
 from models.cache import ModelCache, Pending
+
+# What `Decoder.features` can give of a layer: what its mixer reads (normed), what the mixer gives (before any norm),
+# and the residual stream behind the layer.
+FEATURES = ('inputs', 'mixed', 'outputs')
 
 
 class Block(nnx.Module):
   """One layer: x + mixer(x), then x + mlp(x), each with an RMSNorm before it, after it, or both (config.norms)."""
 
   def __init__(self, spec, config, *, rngs):
+    self.remat = spec.remat or config.remat
     norm = lambda is_there: layers.norm(config.width, config) if is_there else None
     self.mixer_norm, self.mlp_norm = (norm(config.norms != 'post') for _ in range(2))
     self.mixer_out_norm, self.mlp_out_norm = (norm(config.norms != 'pre') for _ in range(2))
@@ -38,6 +43,13 @@ class Block(nnx.Module):
     """As a call with a state, for tokens that are not stored: see `Decoder.look`."""
     y, pending = self.mixer.look(self.mixer_input(x), state, pending, positions=positions, mask=mask)
     return self._rest(x, y), pending
+
+  def features(self, x, positions=None, segment_ids=None):
+    """As a call without a state, and FEATURES of the layer."""
+    inputs = self.mixer_input(x)
+    mixed, _ = self.mixer.apply(inputs, None, positions=positions, segment_ids=segment_ids)
+    outputs = self._rest(x, mixed)
+    return outputs, {'inputs': inputs, 'mixed': mixed, 'outputs': outputs}
 
   def mixer_input(self, x):
     """What the mixer reads of the residual stream x."""
@@ -55,9 +67,9 @@ class Decoder(nnx.Module):
   Parameter paths: embed.table, blocks.I.{mixer_norm,mixer_out_norm,mlp_norm,mlp_out_norm}.scale,
   blocks.I.mixer.{q,k,v,o}.{kernel,bias}, blocks.I.mixer.{q_norm,k_norm}.scale, blocks.I.mixer.sinks,
   blocks.I.mlp.{gate,up,down}.{kernel,bias} or blocks.I.mlp.router.{kernel,bias} and
-  blocks.I.mlp.experts.{gate,up,down}.{kernel,bias}, norm.scale, head.kernel (if embeddings are not tied). I counts
-  layers; with config.scan it counts the layers of the pattern, and parameters have the repeats on axis 0. Kernels are
-  [in, out]. Both forms start from the same values.
+  blocks.I.mlp.experts.{gate,up,down}.{kernel,bias}, norm.scale, head.kernel (if embeddings are not tied); lora_a and
+  lora_b beside the kernel where a linear map has an adapter. I counts layers; with config.scan it counts the layers of
+  the pattern, and parameters have the repeats on axis 0. Kernels are [in, out]. Both forms start from the same values.
 
   Token ids outside 0 .. vocab - 1 give NaN for the rest of their row: data must be checked before.
 
@@ -68,7 +80,7 @@ class Decoder(nnx.Module):
 
   def __init__(self, config, *, rngs):
     config.validate()
-    self.dtype, self.scan, self.remat = jnp.dtype(config.dtype), config.scan, config.remat
+    self.dtype, self.scan = jnp.dtype(config.dtype), config.scan
     self.depth, self.pattern = config.depth, len(config.layers)
     self.soft_cap = config.logit_soft_cap
     self.has_chunks = any(spec.chunk for spec in config.layers)
@@ -77,13 +89,17 @@ class Decoder(nnx.Module):
       config.vocab, config.width, scale=config.input_scale, std=config.width**-0.5, rngs=rngs, **dtypes
     )
     keys = jax.random.split(rngs.params(), config.depth)
-    block = lambda i: lambda key: Block(config.spec(i), config, rngs=layers.Keys(key))
     if config.scan:
-      self.blocks = nnx.List([nnx.vmap(block(i))(keys[i :: self.pattern]) for i in range(self.pattern)])
+      make = lambda i: nnx.vmap(lambda key: _block(config, range(i, config.depth, self.pattern), key))
+      self.blocks = nnx.List([make(i)(keys[i :: self.pattern]) for i in range(self.pattern)])
     else:
-      self.blocks = nnx.List([block(i)(keys[i]) for i in range(config.depth)])
+      self.blocks = nnx.List([_block(config, [i], keys[i]) for i in range(config.depth)])
     self.norm = layers.norm(config.width, config)
     self.head = None if config.tied_embeddings else layers.Linear(config.width, config.vocab, rngs=rngs, **dtypes)
+    if config.adapter_rank:
+      if self.head is not None:
+        adapters.attach(self.head, ['head'], config, jax.random.fold_in(keys[0], 1 << 17))
+      adapters.check(self, config)
 
   def __call__(self, tokens, positions=None, segment_ids=None):
     """Logits [B, T, vocab], at least float32, of whole texts; see `hidden` for the arguments."""
@@ -103,11 +119,63 @@ class Decoder(nnx.Module):
       [B, T, E] in config.dtype.
     """
     check_tokens(tokens)
-    if positions is None and segment_ids is not None and self.has_chunks:
-      positions = restart(segment_ids)
+    positions = self._positions(positions, segment_ids)
     no_states = [()] * len(self.blocks)
     x, _ = self._layers(self.embed(tokens), no_states, lambda b, x, _: (b(x, None, positions, segment_ids)[0], ()))
     return self.norm(x)
+
+  def features(self, tokens, positions=None, segment_ids=None, *, layers, kinds=FEATURES):
+    """As `hidden`, and what chosen layers read and give, in the same pass.
+
+    Args:
+      tokens, positions, segment_ids: as of `hidden`.
+      layers: numbers of layers, 0 .. depth - 1.
+      kinds: names in FEATURES.
+
+    Returns:
+      (hidden [B, T, E], {layer: {kind: [B, T, E]}}). A scanned decoder holds all layers of a place in the pattern if
+      one of them is chosen.
+
+    Raises:
+      ValueError: a layer or a kind that is not there.
+    """
+    check_tokens(tokens)
+    self._check_layers(layers)
+    if unknown := [kind for kind in kinds if kind not in FEATURES]:
+      raise ValueError(f'kinds={list(kinds)}: {unknown[0]!r} is unknown, expected of {", ".join(FEATURES)}')
+    positions = self._positions(positions, segment_ids)
+
+    def run(block, x, wanted):
+      x, found = block.features(x, positions, segment_ids)
+      return x, {kind: found[kind] for kind in wanted}
+
+    places = {i % len(self.blocks) for i in layers}
+    wanted = [dict.fromkeys(kinds, ()) if place in places else {} for place in range(len(self.blocks))]
+    x, found = self._layers(self.embed(tokens), wanted, run)
+    return self.norm(x), {i: self._of_layer(found, i) for i in layers}
+
+  def mixed(self, inputs, positions=None, segment_ids=None):
+    """What the mixers of chosen layers make of given inputs, each for itself: {layer: [B, T, E]} -> the same.
+
+    Of a scanned decoder, all layers of a place in the pattern are computed if one of them is chosen.
+    """
+    self._check_layers(inputs)
+    positions = self._positions(positions, segment_ids)
+
+    def run(block, nothing, x):
+      is_chosen = not isinstance(x, tuple)
+      apply = lambda: block.mixer.apply(x, None, positions=positions, segment_ids=segment_ids)[0]
+      return nothing, apply() if is_chosen else ()
+
+    def of_place(place):
+      if not self.scan:
+        return inputs.get(place, ())
+      of_layers = [inputs.get(i) for i in range(place, self.depth, self.pattern)]
+      some = next((x for x in of_layers if x is not None), None)
+      return () if some is None else jnp.stack([jnp.zeros_like(some) if x is None else x for x in of_layers])
+
+    _, found = self._layers((), [of_place(place) for place in range(len(self.blocks))], run)
+    return {i: self._of_layer(found, i) for i in inputs}
 
   def logits(self, hidden):
     """[B, T, E] of `hidden` -> [B, T, vocab], at least float32."""
@@ -224,6 +292,19 @@ class Decoder(nnx.Module):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # the layers below need not divide T
       return _attention_map(*nnx.split(self), tokens, layer)
 
+  def _positions(self, positions, segment_ids):
+    """Positions for whole texts: chunks are counted within segments."""
+    is_restarted = positions is None and segment_ids is not None and self.has_chunks
+    return restart(segment_ids) if is_restarted else positions
+
+  def _check_layers(self, layers):
+    if wrong := [i for i in layers if not 0 <= i < self.depth]:
+      raise ValueError(f'layers={list(layers)}: expected numbers in 0 .. {self.depth - 1}, got {wrong[0]}')
+
+  def _of_layer(self, found, i):
+    """Layer i's part of the list that `_layers` gave."""
+    return jax.tree.map(lambda x: x[i // self.pattern], found[i % self.pattern]) if self.scan else found[i]
+
   def _layers(self, x, states, run):
     """All blocks, one by one or scanned over the repeats of the pattern.
 
@@ -238,26 +319,35 @@ class Decoder(nnx.Module):
     if not self.scan:
       new = []
       for block, state in zip(self.blocks, states):
-        x, state = self._remat(*nnx.split(block), run)(x, state)
+        x, state = self._remat(block.remat, *nnx.split(block), run)(x, state)
         new.append(state)
       return x, new
     graphs, params = zip(*(nnx.split(block) for block in self.blocks))
 
+    remats = [block.remat for block in self.blocks]
+
     def repeat(x, slices):
       new = []
-      for graph, param, state in zip(graphs, *slices):
-        x, state = self._remat(graph, param, run)(x, state)
+      for remat, graph, param, state in zip(remats, graphs, *slices):
+        x, state = self._remat(remat, graph, param, run)(x, state)
         new.append(state)
       return x, new
 
     return jax.lax.scan(repeat, x, (list(params), states))
 
-  def _remat(self, graph, params, run):
-    """The block as a function of (x, state), whose backward pass keeps what config.remat says."""
+  def _remat(self, remat, graph, params, run):
+    """The block as a function of (x, state), whose backward pass keeps what `remat` says."""
     apply = lambda params, *args: run(nnx.merge(graph, params), *args)
-    if self.remat != 'none':
-      apply = jax.checkpoint(apply, policy=POLICIES[self.remat], prevent_cse=not self.scan)
+    if remat != 'none':
+      apply = jax.checkpoint(apply, policy=POLICIES[remat], prevent_cse=not self.scan)
     return lambda *args: apply(params, *args)
+
+
+def _block(config, places, key):
+  """The Block of a layer, or of several that a scan stacks."""
+  made = Block(config.spec(places[0]), config, rngs=layers.Keys(key))
+  adapters.attach(made, [f'blocks.{i}' for i in places], config, key)
+  return made
 
 
 @functools.partial(jax.jit, static_argnames=('graph', 'layer'))
@@ -272,6 +362,7 @@ def _attention_map(graph, state, tokens, layer):
 
 POLICIES = {
   'full': jax.checkpoint_policies.nothing_saveable,
+  'attention': jax.checkpoint_policies.save_only_these_names(*mixers.CHECKPOINT_NAMES),
   'dots': jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(*mixers.CHECKPOINT_NAMES),

@@ -7,7 +7,8 @@ Mesh axes are `data` (copies), `fsdp` (parameters and rows cut), `context` (rows
 import math
 import re
 
-from jax.sharding import NamedSharding, PartitionSpec as P
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 # (regular expression that a whole path must match, placement of its last axes). The first match wins. Axes before
 # those a placement names, such as the repeats of scanned layers, are not cut.
@@ -24,6 +25,12 @@ RULES = [
   (r'blocks\.\d+\.mlp\.experts\.(gate|up)\.bias', P('tensor')),
   (r'blocks\.\d+\.mlp\.experts\.down\.kernel', P('tensor', 'fsdp')),  # [experts, inside, E]
   (r'blocks\.\d+\.mlp\.router\.(kernel|bias)', P()),
+  # Adapters: [in, rank] as the first axis of the kernel, [rank, out] as its last.
+  (r'(head|blocks\.\d+\.(mixer\.[qkv]|mlp\.(gate|up)))\.lora_a', P('fsdp', None)),
+  (r'(head|blocks\.\d+\.(mixer\.[qkv]|mlp\.(gate|up)))\.lora_b', P(None, 'tensor')),
+  (r'blocks\.\d+\.(mixer\.o|mlp\.down)\.lora_a', P('tensor', None)),
+  (r'blocks\.\d+\.(mixer\.o|mlp\.down)\.lora_b', P(None, 'fsdp')),
+  (r'blocks\.\d+\.mlp\.router\.lora_[ab]', P()),
   (r'blocks\.\d+\.(mixer\.o|mlp\.down|mlp\.experts\.down)\.bias', P()),
   (r'blocks\.\d+\.mixer\.sinks', P()),
   (r'(.*\.|)\w*norm\.scale', P()),
@@ -62,6 +69,25 @@ def _spec(path, shape, mesh, rules):
         + (' (model.vocab may be larger than the tokenizer needs)' if path in ('embed.table', 'head.kernel') else '')
       )
   return spec
+
+
+def by_rows(x):
+  """Activations [B, T, ...], cut over the current mesh (of jax.set_mesh) as rows are: B by data and fsdp, T by context.
+
+  A compiler that is not told may keep all rows on every device and cut channels over fsdp, as parameters are: then
+  activations are summed over fsdp in place of parameters being gathered. What the mesh does not divide is left to it.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  auto = [
+    name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Auto and mesh.shape[name] > 1
+  ]
+  spec = []
+  for length, names in zip(x.shape, (('data', 'fsdp'), ('context',))):
+    axes = tuple(name for name in names if name in auto)
+    spec.append(axes if axes and length % parts(axes, mesh) == 0 else P.UNCONSTRAINED)
+  if all(axes is P.UNCONSTRAINED for axes in spec):
+    return x
+  return jax.lax.with_sharding_constraint(x, P(*spec, *[P.UNCONSTRAINED] * (x.ndim - 2)))
 
 
 def parts(axes, mesh):

@@ -42,18 +42,18 @@ def unscanned(model, config):
   """
   if not config.scan:
     return model, config
-  config = dataclasses.replace(config, scan=False)
+  scanned, config = config, dataclasses.replace(config, scan=False)
   params = {}
   for path, array in split(model)[1].items():
-    for i, name in _layers(path, config):
+    for i, name in apart(path, scanned):
       params[name] = array if i is None else array[i]
   return merge(graph(config), params), config
 
 
-def _layers(path, config):
-  """[(index in a stack, or None; path in the unscanned model)] of a parameter of the scanned one."""
+def apart(path, config):
+  """[(index in a stack, or None; path in the unscanned model)] of a parameter of a DecoderConfig's model."""
   first, _, rest = path.partition('.')
-  if first != 'blocks':
+  if first != 'blocks' or not config.scan:
     return [(None, path)]
   block, _, rest = rest.partition('.')
   places = range(int(block), config.depth, len(config.layers))
@@ -62,6 +62,8 @@ def _layers(path, config):
 
 def abstract_params(config):
   """{path: shape and dtype} of a DecoderConfig's parameters."""
+  if config.adapter_match and not config.scan:  # which may tell layers apart that a scan would stack
+    return jax.eval_shape(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])
   # Of the scanned form, which is traced once per layer of the pattern and not once per layer.
   scanned = dataclasses.replace(config, scan=True)
   params = jax.eval_shape(lambda: split(Decoder(scanned, rngs=nnx.Rngs(0)))[1])
@@ -69,6 +71,6 @@ def abstract_params(config):
     return params
   found = {}
   for path, leaf in params.items():
-    for i, name in _layers(path, config):
+    for i, name in apart(path, scanned):
       found[name] = leaf if i is None else jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
   return dict(sorted(found.items()))

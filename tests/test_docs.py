@@ -16,7 +16,7 @@ import sysconfig
 
 import pytest
 
-from experiments import readme
+from experiments import compile_table, readme
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -25,10 +25,18 @@ TINY_RUN = [
   '--config.data.seq_len=64', '--config.optimizer.warmup_steps=0', '--config.eval.bytes=256',
   '--config.eval.stride=0', '--config.log.tensorboard=false',
 ]  # fmt: skip
+TINY_REPORT = [
+  '--config.model.width=64', '--config.model.heads=4', '--config.model.kv_heads=2', '--config.model.mlp_width=64',
+  '--config.model.depth=2', '--config.model.vocab=512', '--config.data.seq_len=64', '--config.data.batch=4',
+  '--config.train.loss_chunk=0', '--config.mesh.fsdp=2', '--config.mesh.context=1', '--config.mesh.tensor=2',
+  '--topology=cpu:4',
+]  # fmt: skip
 RUN_AS_THEY_ARE = (
-  'attn', 'train.main', 'train.export', 'models.generate', 'experiments.report', 'experiments.store_result',
-  'experiments.perplexity',
+  'attn', 'train.main', 'train.prepare', 'train.export', 'models.generate', 'experiments.report',
+  'experiments.store_result', 'experiments.perplexity',
 )  # fmt: skip
+SETTINGS_READ = r'config\.(?:data\.(?:source|tokenizer)|train\.init_from|distill\.teacher)'
+FILES_READ = rf'--(?:model|input|{SETTINGS_READ}(?==runs/))=(\S+)'
 LONGEST = 300  # seconds for a command on a busy machine; they take some 10
 
 
@@ -65,18 +73,21 @@ def small(command, folder):
   words = shlex.split(command)[2:]
   module, words = words[0], words[1:]
   words = [re.sub(r'^--(workdir|out|model|input|output)=', rf'--\1={folder}/', word) for word in words]
+  words = [re.sub(r'^(--config\.(?:data|train|distill)\.\w+)=runs/', rf'\1={folder}/runs/', word) for word in words]
   if module == 'train.main' and '--help' not in words:
     steps = [int(word.split('=')[1]) // 100 for word in words if word.startswith('--config.train.steps=')]
     words += [*TINY_RUN, f'--config.train.steps={max([2, *steps])}']
     if not any('data.source' in word for word in words):
       words.append(f'--config.data.source={text_files(folder)}')
+  elif module == 'train.compile_report':
+    words += TINY_REPORT
   elif module == 'experiments.bench_core':
     words = [*(words or ['--only=import']), '--tiny', f'--out={folder}/bench.json']
   elif module == 'attn' and '--draw' in words:
     file = folder / words[words.index('--draw') + 1]
     file.parent.mkdir(parents=True, exist_ok=True)
     words[words.index('--draw') + 1] = str(file)
-  elif module == 'experiments.readme':
+  elif module in ('experiments.readme', 'experiments.compile_table'):
     words = ['--check']
   elif module == 'pytest':
     words += ['--collect-only', '-p', 'no:cacheprovider', 'tests/test_packaging.py']
@@ -104,10 +115,10 @@ def folder(tmp_path_factory):
 
 
 def make_files(command, folder):
-  """Makes the model and the prompts that a command reads: by the command or the Python block that shows how."""
-  for path in re.findall(r'--(?:model|input)=(\S+)', command):
+  """Makes the files and the model that a command reads: by the command or the Python block that shows how."""
+  for path in re.findall(FILES_READ, command):
     if not (folder / path).exists():
-      if makes := [line for line in commands() if f'--out={path}' in line.split()]:
+      if makes := [line for line in commands() if {f'--out={path}', f'--workdir={path}'} & set(line.split())]:
         run(makes[0], folder)
         continue
       found = [block for document in DOCUMENTS for block in blocks(document, 'python') if f"'{path}'" in block]
@@ -194,6 +205,10 @@ def test_an_old_python_is_refused(tmp_path):
 def test_readme_is_up_to_date():
   text = (ROOT / 'README.md').read_text(encoding='utf-8')
   assert readme.updated(text) == text, 'run `make docs`'
+
+
+def test_table_of_compile_reports_is_up_to_date():
+  assert compile_table.main(['--check']) == 0, 'run `python -m experiments.compile_table --stored`'
 
 
 def test_links_lead_somewhere():

@@ -60,6 +60,10 @@ def run(config, workdir):
       if is_writer:
         print(f'This run is finished; nothing was computed again.\n{summary.footer(result)}')
       return result
+    if config.train.init_from and not workdirs.saved_steps(workdir):
+      initial.check(config.train.init_from, config.model)
+    if config.distill.teacher:
+      distill.check_folder(config.distill, config.model)
     mesh = sharding.make_mesh(config.mesh)
     program = programs.make(config, mesh)  # jitted steps and placements; nothing is compiled yet
 
@@ -101,7 +105,7 @@ def run(config, workdir):
     )
     at_end.callback(writer.close)
     at_end.callback(progress.close)
-    flops_per_token = 3 * size.flops_per_token(config.model, T)
+    flops_per_token = size.step_flops_per_token(config.model, T, program.trainable)
     peak_flops, peak_source = peak.flops(mesh, config.train.peak_flops)
     pending: collections.deque = collections.deque()  # (step, row numbers, sums on the devices), not read yet
     saved_step, saved_at, compile_seconds = start, time.monotonic(), 0.0

@@ -120,11 +120,15 @@ def save(
 
   Raises:
     ValueError: a checkpoint is there and overwrite is False; the architecture cannot express the config; the model is
-      not that of the config.
+      not that of the config, or has adapters that are not merged.
     OSError: the disk is full, or another fault of the system; a checkpoint that was there is as it was, unless the
       fault came at the very end, while files were renamed: then the folder may not open.
   """
   form = architectures.find(architecture or architectures.NATIVE.name)
+  if config.adapter_rank:
+    raise ValueError(
+      f'config.adapter_rank={config.adapter_rank}: a checkpoint holds no adapters, expected models.adapters.merged(...)'
+    )
   writer.check(folder, overwrite)
   files = beside.files(form, config, settings, tokenizer)
   obsolete = beside.other_tokenizer(folder, settings, tokenizer, overwrite)

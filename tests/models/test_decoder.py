@@ -152,9 +152,10 @@ def with_parameters_of(plain, scanned):
   return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-@pytest.mark.parametrize('remat, scan', [('full', False), ('dots', True)])
-def test_scan_and_remat_change_nothing(remat, scan, deep):
-  plain, other = deep[0], small.model(depth=4, layers=small.HYBRID, remat=remat, scan=scan)
+@pytest.mark.parametrize('remat, second, scan', [('full', '', False), ('dots', '', True), ('attention', 'none', True)])
+def test_scan_and_remat_change_nothing(remat, second, scan, deep):
+  pattern = [small.HYBRID[0], dataclasses.replace(small.HYBRID[1], remat=second)]
+  plain, other = deep[0], small.model(depth=4, layers=pattern, remat=remat, scan=scan)
   if scan:
     other = with_parameters_of(plain, other)
   want, want_grads = deep[1]

@@ -1,11 +1,13 @@
 """models.size against the parameters of real models, dense masks, and the compiler's count."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from models import decoder, size
-from models.config import LayerSpec
+from models.config import DecoderConfig, LayerSpec
 from tests.models import small
 
 SETTINGS = {
@@ -51,3 +53,23 @@ def test_window_costs_less_and_depth_costs_more():
   full, local = small.config(), small.config(layers=[LayerSpec(window=4)])
   assert size.flops_per_token(local, 64) < size.flops_per_token(full, 64) < size.flops_per_token(full, 128)
   assert size.flops_per_token(full, 4) == size.flops_per_token(local, 4)
+
+
+def test_flops_of_a_step_by_hand():
+  config = DecoderConfig(vocab=50, width=8, depth=1, heads=2, mlp='gelu', mlp_width=16)
+  attention, mlp, output = 4 * 8 * 8, 2 * 8 * 16, 50 * 8
+  pairs = 4 * 2 * 4 * (1 + 2 + 3) / 3
+  forward = 2 * (attention + mlp + output) + pairs
+  assert size.flops_per_token(config, 3) == forward
+  assert size.step_flops_per_token(config, 3) == 3 * forward
+  trained = [f'blocks.0.mlp.{name}.kernel' for name in ('up', 'down')]
+  assert size.step_flops_per_token(config, 3, trained) == 3 * forward - 2 * (attention + output)
+  adapted = dataclasses.replace(config, adapter_rank=2)
+  assert size.flops_per_token(adapted, 3) == forward + 2 * 4 * (8 * 2 + 2 * 8)
+
+
+def test_of_experts_those_count_that_are_used():
+  one = DecoderConfig(vocab=50, width=8, depth=1, heads=2, mlp_width=16)
+  more = dataclasses.replace(one, experts=4, experts_per_token=2)
+  router, mlp = 8 * 4, 3 * 8 * 16
+  assert size.flops_per_token(more, 3) == size.flops_per_token(one, 3) + 2 * (mlp + router)

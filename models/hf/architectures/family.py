@@ -26,6 +26,9 @@ ABSENT = {
   'sinks': False,
   'attn_bias': '',
   'embed_scale': 1.0,
+  'adapter_rank': 0,
+  'adapter_alpha': 0.0,
+  'adapter_match': '',
 }
 
 

@@ -25,6 +25,8 @@ def read(record: dict, length: int | None = None) -> DecoderConfig:
     reader.problem(f'decoder={record.get("decoder")!r} (expected the fields of a DecoderConfig)')
     reader.check()
   fields = _fields(reader, 'decoder', DecoderConfig, {**record['decoder']})
+  if fields.get('adapter_rank'):
+    reader.problem(f'decoder.adapter_rank={fields["adapter_rank"]} (expected 0: a checkpoint has its adapters merged)')
   reader.check()
   return DecoderConfig(**fields).validate('decoder')
 
