@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from attn import masks
-from models import adapters, experts, layers, mixers
+from models import adapters, experts, layers, mixers, sharding
 from models.cache import ModelCache, Pending
 
 # What `Decoder.features` can give of a layer: what its mixer reads (normed), what the mixer gives (before any norm),
@@ -121,7 +121,8 @@ class Decoder(nnx.Module):
     check_tokens(tokens)
     positions = self._positions(positions, segment_ids)
     no_states = [()] * len(self.blocks)
-    x, _ = self._layers(self.embed(tokens), no_states, lambda b, x, _: (b(x, None, positions, segment_ids)[0], ()))
+    run = lambda block, x, _: (sharding.by_rows(block(x, None, positions, segment_ids)[0]), ())
+    x, _ = self._layers(sharding.by_rows(self.embed(tokens)), no_states, run)
     return self.norm(x)
 
   def features(self, tokens, positions=None, segment_ids=None, *, layers, kinds=FEATURES):
@@ -147,11 +148,11 @@ class Decoder(nnx.Module):
 
     def run(block, x, wanted):
       x, found = block.features(x, positions, segment_ids)
-      return x, {kind: found[kind] for kind in wanted}
+      return sharding.by_rows(x), {kind: found[kind] for kind in wanted}
 
     places = {i % len(self.blocks) for i in layers}
     wanted = [dict.fromkeys(kinds, ()) if place in places else {} for place in range(len(self.blocks))]
-    x, found = self._layers(self.embed(tokens), wanted, run)
+    x, found = self._layers(sharding.by_rows(self.embed(tokens)), wanted, run)
     return self.norm(x), {i: self._of_layer(found, i) for i in layers}
 
   def mixed(self, inputs, positions=None, segment_ids=None):

@@ -110,8 +110,9 @@ class Embed(nnx.Module):
 
   def __call__(self, tokens):
     """[B, T] ids -> [B, T, E]. An id outside the vocabulary gives NaN: nothing can be raised under jit."""
-    table = self.table[...].astype(self.dtype)
-    return self.scale * table.at[tokens].get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
+    # Rows are converted, not the table: gradients of a frequent token are then added up in param_dtype.
+    rows = self.table[...].at[tokens].get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
+    return self.scale * rows.astype(self.dtype)
 
   def attend(self, x):
     """[B, T, E] -> [B, T, vocab] products with every row, at least float32."""

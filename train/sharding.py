@@ -3,7 +3,8 @@
 import math
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from models import sharding
 from models.sharding import RULES
@@ -36,9 +37,9 @@ def make_mesh(config, devices=None):
     raise UserError(f'{shown}: expected a product of at most {len(devices)} devices, got {needed}')
   if needed < len(devices) and jax.process_count() > 1:
     raise UserError(f'{shown}: expected a product of all {len(devices)} devices of all processes, got {needed}')
-  return jax.make_mesh(
-    tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[:needed]
-  )
+  # Axes of a mesh need not be those of a TPU's torus; jax.make_mesh would refuse to split these on most generations.
+  placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:needed], allow_split_physical_axes=True)
+  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def check_batch(config, mesh):

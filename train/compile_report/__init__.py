@@ -1,0 +1,1 @@
+"""What a training step needs of machines that are not here; see __main__."""
