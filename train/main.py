@@ -8,10 +8,12 @@
 
 Ctrl-C and SIGTERM finish the step, save and end; a second one, or one before the first step, stops at once. With more
 than one process, start each with --distributed (and on plain machines --coordinator, --processes, --process); they
-share the workdir. See docs/training.md, docs/data.md, docs/finetuning.md, docs/scaling.md.
+share the workdir. A signal to one stops all; when one ends with an error or is gone, all end (a process that says
+nothing is gone after --heartbeat_seconds, 20). See docs/training.md, docs/data.md, docs/finetuning.md, docs/scaling.md.
 
 Exit status: 0 done, or saved after SIGTERM (result.json is there only when all steps are done); 1 the loss is not
-finite; 2 a setting, file or folder does not fit; 3 a checkpoint could not be written; 130 saved after Ctrl-C.
+finite; 2 a setting, file or folder does not fit; 3 a checkpoint could not be written; 4 another process of the run is
+gone; 130 saved after Ctrl-C.
 """
 
 import dataclasses
@@ -25,10 +27,11 @@ import sys
 import warnings
 
 if __name__ == '__main__':
-  # Until a run watches for it, Ctrl-C ends the process: nothing is lost, and the imports take seconds.
+  # Until a run watches for them, signals end the process: nothing is lost, and the imports take seconds.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
+  signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from train.config import Config, UserError
@@ -39,12 +42,14 @@ _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other processes
 _COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of process 0; "" lets jax find it on a cluster.')
 _PROCESSES = flags.DEFINE_integer('processes', 0, 'Number of processes; 0 lets jax find it.')
 _PROCESS = flags.DEFINE_integer('process', -1, 'Number of this process, from 0; -1 lets jax find it.')
+_HEARTBEAT = flags.DEFINE_integer('heartbeat_seconds', 20, 'Seconds of silence after which a process counts as gone.')
 
 
 def main(argv):
   """Runs; every expected failure is one line on stderr and an exit status."""
-  from train import interrupt, loop
+  from train import checkpoint, interrupt, loop, processes
 
+  interrupt.end_at_once()
   try:
     if len(argv) > 1:
       raise UserError(f'{argv[1]!r}: expected only flags')
@@ -57,8 +62,15 @@ def main(argv):
     return _fail(error, 2)
   except loop.NotFinite as error:
     return _fail(error, 1)
+  except checkpoint.SaveFailed as error:
+    return _fail(error, 3)
   except interrupt.Interrupted as stop:
-    return _fail(f'{stop} and saved; the same command continues', 128 + stop.signal)
+    print(f'train: {stop} and saved; the same command continues', file=sys.stderr, flush=True)
+    return interrupt.status(stop.signal)
+  except Exception as error:
+    if not processes.is_joined():
+      raise
+    processes.end_of(error)
   return 0
 
 
@@ -170,23 +182,25 @@ def usage():
 
 
 def _quiet():
-  """Libraries say only what went wrong."""
-  logging.set_verbosity(logging.ERROR)
+  """Libraries say only what went wrong; Orbax raises it."""
+  from train import checkpoint
+
+  checkpoint.quiet()
 
 
 def _join():
   """Joins the other processes of a run."""
   if _DISTRIBUTED.value:
-    import jax
+    from train import processes
 
-    jax.distributed.initialize(
-      coordinator_address=_COORDINATOR.value or None,
-      num_processes=_PROCESSES.value or None,
-      process_id=_PROCESS.value if _PROCESS.value >= 0 else None,
-    )
+    processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, heartbeat_seconds=_HEARTBEAT.value)
 
 
 def _fail(message, status):
+  """Says what went wrong, and ends all processes of the run."""
+  processes = sys.modules.get('train.processes')  # a bad flag is found before the import
+  if processes and processes.is_joined():
+    processes.end(message, status)
   print(f'train: {message}', file=sys.stderr, flush=True)
   return status
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from models.config import DecoderConfig, LayerSpec
-from train import checkpoint, state as states, workdir as workdirs
+from train import checkpoint, program, sharding, workdir as workdirs
 from train.config import (
   CheckpointConfig,
   Config,
@@ -69,16 +69,21 @@ def computed(workdir):
   ]
 
 
-def saved(workdir, config):
-  """(step, list of all arrays) of the newest checkpoint: parameters, optimizer state, step."""
-  from train import data, optimizer, sharding
-  from train.corpus import TRAIN, load
+class Place:
+  """Stands for the iterator where only a checkpoint is read."""
 
-  mesh = sharding.make_mesh(config.mesh)
-  by_rows = jax.sharding.NamedSharding(mesh, sharding.ROWS)
-  batches = data.batches(data.Rows(load(config.data).side(TRAIN), config.data.seq_len), config.data.batch, by_rows, 0)
-  tx = optimizer.make(config.optimizer, config.train.steps)
-  abstract = jax.eval_shape(states.initializer(config.model, tx, config.seed))
-  with checkpoint.manager(workdir, config.checkpoint) as manager:
-    step, state = checkpoint.restore(manager, abstract, states.shardings(abstract, mesh), batches)
+  state: dict | None = None
+
+  def get_state(self):
+    return self.state
+
+  def set_state(self, state):
+    self.state = state
+
+
+def saved(workdir, config):
+  """(step, list of all arrays) of the newest checkpoint: parameters, optimizer state, averages, counts."""
+  made = program.make(config, sharding.make_mesh(config.mesh))
+  with checkpoint.Checkpoints(workdir, config.checkpoint) as kept:
+    step, state = kept.restore(made.abstract, made.placed, Place())
   return step, [np.asarray(x) for x in jax.tree.leaves(state)]
