@@ -243,7 +243,8 @@ def loop_config(sizes, folder):
 
 def bare_step(config, workdir):
   """A function of n: runs n steps of the loop's jitted step on batches on the device, returns seconds a step."""
-  from train import data, program, sharding, store
+  from train import data, program, sharding
+  from train.data import store
 
   made = program.make(config, sharding.make_mesh(config.mesh))
   held = [made.first_state()]

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from experiments import machine, pictures
 from models import hf
 from models.config import DTYPES
-from train import corpus
 from train.config import UserError
+from train.data import corpus
 
 
 def windows(count, length, stride):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from models.generate import Sampling, generate
-from train import tokenizers
+from train.data import tokenizers
 
 BYTES = tokenizers.Bytes()
 FAR = 4  # tokens back from which on a head is said to look far

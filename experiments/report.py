@@ -16,8 +16,9 @@ from absl import logging
 
 from experiments import compressors, page, pictures, reading, runs
 from models import decoder
-from train import checkpoint, config as configs, tokenizers
+from train import checkpoint, config as configs
 from train.config import UserError
+from train.data import tokenizers
 
 LONGER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results', 'quickstart_long.json')
 

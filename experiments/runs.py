@@ -5,9 +5,10 @@ import json
 from typing import Any
 
 from models import size
-from train import checkpoint, store, workdir as workdirs
+from train import checkpoint, workdir as workdirs
 from train.config import Config, UserError
-from train.corpus import HELD_OUT
+from train.data import store
+from train.data.corpus import HELD_OUT
 
 
 @dataclasses.dataclass(frozen=True)

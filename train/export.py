@@ -15,8 +15,9 @@ from absl import logging
 
 from models import adapters, hf
 from models.hf.tokenizers import FILE
-from train import checkpoint, tokenizers, workdir as workdirs
+from train import checkpoint, workdir as workdirs
 from train.config import UserError
+from train.data import tokenizers
 
 
 def export(workdir, out, *, architecture=None, step=None):

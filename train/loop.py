@@ -12,7 +12,6 @@ from models import size
 from train import (
   checkpoint,
   config as configs,
-  corpus as corpora,
   data,
   distill,
   initial,
@@ -22,10 +21,10 @@ from train import (
   processes,
   program as programs,
   sharding,
-  store,
   summary,
   workdir as workdirs,
 )
+from train.data import corpus as corpora, store
 
 LATE = 2  # steps that the host starts before it reads the figures of the one before them
 PROFILE_FROM = 10  # steps after the start, when everything has been compiled

@@ -17,8 +17,9 @@ import sys
 
 from absl import app, flags
 
-from train import config as configs, corpus as corpora, main as mains, metrics, store, workdir as workdirs
+from train import config as configs, main as mains, metrics, workdir as workdirs
 from train.config import UserError
+from train.data import corpus as corpora, store
 
 
 def main(argv):

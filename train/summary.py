@@ -7,7 +7,8 @@ import platform
 import jax
 
 from models import size
-from train import corpus as corpora, machine, metrics
+from train import machine, metrics
+from train.data import corpus as corpora
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 

@@ -12,9 +12,10 @@ import pytest
 
 from models import state as model_state
 from tests.train import tiny
-from train import checkpoint, data, interrupt, loop, loss, metrics, program, store, workdir as workdirs
+from train import checkpoint, data, interrupt, loop, loss, metrics, program, workdir as workdirs
 from train.config import GroupConfig, SourceConfig, UserError
-from train.corpus import HELD_OUT
+from train.data import store
+from train.data.corpus import HELD_OUT
 
 
 @pytest.fixture(scope='module')

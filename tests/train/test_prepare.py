@@ -8,8 +8,9 @@ import types
 import pytest
 
 from tests.train import tiny
-from train import encode, main, prepare, store
+from train import main, prepare
 from train.config import DataConfig, SourceConfig
+from train.data import encode, store
 
 
 def command(*arguments):

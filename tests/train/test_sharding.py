@@ -8,8 +8,9 @@ from jax.sharding import PartitionSpec as P
 
 from models.config import DecoderConfig, LayerSpec
 from tests.train import tiny
-from train import data, program, sharding, store
+from train import data, program, sharding
 from train.config import SEPARATOR, Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, UserError
+from train.data import store
 
 FULL = DecoderConfig(
   vocab=264, width=16, depth=2, heads=4, kv_heads=2, layers=[LayerSpec(window=5), LayerSpec()], qk_norm='head',

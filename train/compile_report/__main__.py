@@ -23,7 +23,8 @@ import time
 
 from absl import app, flags
 
-from train import aot, config as configs, main as entry
+from train import config as configs, main as entry
+from train.compile_report import aot
 from train.config import UserError
 
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'Chips and how they are arranged, such as v5e:16x16.')

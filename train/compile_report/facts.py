@@ -12,7 +12,8 @@ from importlib import metadata
 import jax
 
 from models import size
-from train import aot, collectives, hlo, hlo_cost, program as programs, sharding
+from train import program as programs, sharding
+from train.compile_report import aot, collectives, hlo, hlo_cost
 from train.config import UserError
 
 LARGEST = 5  # pieces of memory that are named
@@ -28,7 +29,7 @@ def gather(config, topology):
 
   Args:
     config: checked train.config.Config.
-    topology: as train.aot.split takes it.
+    topology: as train.compile_report.aot.split takes it.
 
   Returns:
     Dictionary of plain values: `fits`, `memory`, and, unless the program does not fit, `flops`, `traffic`,

@@ -1,4 +1,4 @@
-"""train.packing against pieces cut and put together one by one."""
+"""train.data.packing against pieces cut and put together one by one."""
 
 import collections
 import itertools
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from train import data, packing, store
+from train import data
 from train.config import SEPARATOR
+from train.data import packing, store
 
 TEXTS = st.lists(st.lists(st.integers(0, 255), max_size=30), min_size=1, max_size=12)
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import NamedSharding
 
-from train import data, mixing, sharding, store
+from train import data, sharding
 from train.config import SEPARATOR, DataConfig, MeshConfig, UserError
+from train.data import mixing, store
 
 TEXTS = [b'abc', b'x', 'λμνξ'.encode(), b'hello world', b'', b'z' * 9]
 TOKENS = store.in_memory([(f'f{i}', text) for i, text in enumerate(TEXTS)])

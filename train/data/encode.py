@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train import corpus, readers, scan, shards
 from train.config import UserError
+from train.data import corpus, readers, scan, shards
 from train.meter import Meter
 
 VERSION = 1  # of the files
@@ -126,7 +126,7 @@ def write(folder, found, seen, config, tokenizer, dtype, meter):
     found: [corpus.Source].
     seen: scan.Scan of them.
     config: train.config.DataConfig; bad_files is used.
-    tokenizer: of train.tokenizers.
+    tokenizer: of train.data.tokenizers.
     dtype: of ids.
     meter: Meter of the bytes of all files.
 

@@ -1,4 +1,4 @@
-"""train.aot: names of topologies, what they need, and what is said of those that there are not."""
+"""train.compile_report.aot: names of topologies, what they need, and what is said of those that there are not."""
 
 import importlib.util
 import json
@@ -10,10 +10,10 @@ import sys
 import jax
 import pytest
 
-from train import aot
+from train.compile_report import aot
 from train.config import UserError
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
 
 
@@ -59,7 +59,7 @@ def test_without_libtpu(monkeypatch):
 
 ASK = """
 import json, os, sys
-from train import aot
+from train.compile_report import aot
 os.environ.update(aot.environment('v5e:2x2'))
 from train.config import UserError
 said = {}

@@ -1,4 +1,4 @@
-"""train.hlo, train.hlo_cost, train.collectives: texts written by hand, and programs whose traffic is known."""
+"""hlo, hlo_cost and collectives of train.compile_report: texts by hand, and programs whose traffic is known."""
 
 import functools
 import pathlib
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
-from train import collectives, hlo, hlo_cost
+from train.compile_report import collectives, hlo, hlo_cost
 
 TEXTS = pathlib.Path(__file__).parent / 'texts'
 MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}  # device d = 4 data + 2 fsdp + tensor

@@ -85,7 +85,8 @@ def devices(topology):
   from jax.experimental import topologies
 
   chip = hardware.get(kind)
-  options = {'chip_config_name': 'megacore'} if (chip.cores or 1) > chip.devices else {}  # two cores that are one device
+  # Two cores that are one device.
+  options = {'chip_config_name': 'megacore'} if (chip.cores or 1) > chip.devices else {}
   try:
     described = topologies.get_topology_desc(platform='tpu', topology_name=topology, **options)
   except Exception as error:  # of several kinds, by the part of libtpu that finds out

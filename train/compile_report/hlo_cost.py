@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train import hlo
+from train.compile_report import hlo
 
 # What moves nothing in main memory by itself.
 FREE = (
@@ -43,7 +43,7 @@ class Cost(NamedTuple):
 
 
 def count(module):
-  """The Cost of a Module of train.hlo.parse."""
+  """The Cost of a Module of train.compile_report.hlo.parse."""
   flops, moved, kernels = [0, 0], [0, 0], 0
   inside = {}  # name of a fused computation -> its FLOPs
   for one in hlo.executed(module):

@@ -18,7 +18,7 @@ from train import config as configs
 from train.compile_report import advice, facts as gathered, page
 from train.config import Config, DataConfig, MeshConfig, TrainConfig, UserError
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
 WIDTH, VOCAB, DEPTH, T, B = 64, 512, 3, 64, 8
 

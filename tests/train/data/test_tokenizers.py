@@ -1,4 +1,4 @@
-"""train.tokenizers: ids and bytes of texts, separators that are found or asked for, and what is refused."""
+"""train.data.tokenizers: ids and bytes of texts, separators that are found or asked for, and what is refused."""
 
 import hashlib
 import json
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tests.models.hf import made_tokenizers as made
-from train import tokenizers
 from train.config import DataConfig, UserError
+from train.data import tokenizers
 
 TEXTS = ['the hello', ' a\n\n  b', 'é€😀', 'a</s>b<|end|><s>', 'x\ufffdy']
 

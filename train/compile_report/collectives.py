@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train import hlo
+from train.compile_report import hlo
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all')
 
@@ -57,7 +57,7 @@ def read(module, mesh):
   starts. An all-reduce of which each device keeps a part alone is a reduce-scatter.
 
   Args:
-    module: of train.hlo.parse.
+    module: of train.compile_report.hlo.parse.
     mesh: {axis: size}, in the order in which the devices of the program are numbered.
 
   Returns:

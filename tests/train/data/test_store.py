@@ -1,4 +1,4 @@
-"""train.store: what is prepared, that it is found again or goes on after a kill; damage and changes are named."""
+"""train.data.store: what is prepared, that it is found again or goes on after a kill; damage and changes are named."""
 
 import errno
 import hashlib
@@ -20,13 +20,14 @@ from hypothesis import given, settings, strategies as st
 
 from tests.models.hf import made_tokenizers as made
 from tests.train import tiny
-from train import encode, meter, scan, shards, store
+from train import meter
 from train.config import DataConfig, SourceConfig, UserError
+from train.data import encode, scan, shards, store
 
 # A preparation in tiny shards that kills itself in its NUMBER-th write to a file.
 KILLER = """
 import os, signal, sys
-from train import encode, shards, store
+from train.data import encode, shards, store
 from train.config import DataConfig
 
 source, folder, number = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -1,4 +1,4 @@
-"""train.corpus: what is read, what is refused, and that no neighbour of a held-out file is trained on."""
+"""train.data.corpus: what is read, what is refused, and that no neighbour of a held-out file is trained on."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.train import tiny
-from train import corpus, store
 from train.config import DataConfig, SourceConfig, UserError
+from train.data import corpus, store
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import sysconfig
 
 import numpy as np
 
-from train import readers
 from train.config import DataConfig, SourceConfig, UserError
+from train.data import readers
 
 TRAIN, HELD_OUT = SIDES = 'train', 'held_out'
 _SKIPPED_FOLDERS = {'site-packages', 'dist-packages', '__pycache__'}

@@ -1,7 +1,7 @@
 """Prepared tokens: documents as streams of token ids, in memory, or in a folder and mapped from there.
 
     PREPARED/FINGERPRINT/index.json    what is there, from which files, with the SHA-256 of all of them; written last
-    PREPARED/FINGERPRINT/0.train.*     the documents themselves, see train.encode
+    PREPARED/FINGERPRINT/0.train.*     the documents themselves, see train.data.encode
 
 PREPARED is data.prepared, or WORKDIR/data; FINGERPRINT stands for the settings and the tokenizer.
 """
@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from train import corpus as corpora, encode, readers, scan, shards, tokenizers, workdir as workdirs
+from train import workdir as workdirs
 from train.config import SEPARATOR, UserError
-from train.corpus import HELD_OUT, SIDES, TRAIN
+from train.data import corpus as corpora, encode, readers, scan, shards, tokenizers
+from train.data.corpus import HELD_OUT, SIDES, TRAIN
 from train.meter import Meter
 
 
@@ -106,7 +107,7 @@ class Corpus:
     unit: what bits are counted per: 'byte', or 'token' where no text is known.
     vocab: one more than the highest id, the separator among them.
     separator: id that stands before each document.
-    tokenizer: of train.tokenizers.
+    tokenizer: of train.data.tokenizers.
     parts: [Part], one for each entry of the mixture; one if there is no mixture.
     folder: of the prepared tokens.
     index: contents of the index.

@@ -1,4 +1,4 @@
-"""train.readers: what stands in files of each format, what is refused and by which name, and that little is held."""
+"""train.data.readers: what stands in files of each format, what is refused by which name, that little is held."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from train import readers
+from train.data import readers
 
 SEPARATOR, VOCAB = 7, 100
 

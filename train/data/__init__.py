@@ -11,9 +11,9 @@ import numpy as np
 
 from attn.distributed import zigzag
 from models import decoder
-from train import mixing, packing
 from train.checks import PACKINGS
 from train.config import UserError
+from train.data import mixing, packing
 
 _NAMED = 3  # pieces of a row that messages name
 
@@ -25,8 +25,8 @@ class Rows:
   target once. With `stride` below seq_len, rows overlap: a row scores its last `stride` targets only, each with at
   least seq_len - stride tokens before it (fewer at the beginning of the text).
 
-  'documents' and 'single' cut between documents (train.packing): each token, and the separator after each document, is
-  a target once, and what follows the last piece of a row is padding.
+  'documents' and 'single' cut between documents (train/data/packing.py): each token, and the separator after each
+  document, is a target once, and what follows the last piece of a row is padding.
 
   Attributes:
     stream: uint16 or uint32 [N], separators and tokens.
@@ -40,7 +40,7 @@ class Rows:
     """Plans the rows.
 
     Args:
-      tokens: train.store.Tokens.
+      tokens: train.data.store.Tokens.
       seq_len: T.
       separator: id of the token before each document, which padding is made of too.
       packing: 'stream', 'documents' (whole documents, best fit), 'single' (one a row).
@@ -202,7 +202,7 @@ def training_rows(corpus, config):
   """Rows of the training side of all parts of a corpus, packed as a DataConfig says.
 
   Args:
-    corpus: train.store.Corpus.
+    corpus: train.data.store.Corpus.
     config: DataConfig.
 
   Returns:
@@ -223,7 +223,7 @@ def held_out_rows(corpus, config, stride=0):
   """Rows of the held-out text of all parts, one after the other, in which each token of a document is a target once.
 
   Args:
-    corpus: train.store.Corpus.
+    corpus: train.data.store.Corpus.
     config: DataConfig.
     stride: new tokens a row, as for `Rows`.
 

@@ -1,4 +1,4 @@
-"""train.mixing: exact proportions, the same batches for any number of processes, and the place in the data."""
+"""train.data.mixing: exact proportions, the same batches for any number of processes, and the place in the data."""
 
 import fractions
 import itertools
@@ -12,9 +12,10 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from tests.train.test_data import Counting
-from train import data, mixing, store
+from tests.train.data.test_rows import Counting
+from train import data
 from train.config import SEPARATOR, DataConfig, SourceConfig
+from train.data import mixing, store
 
 T = 8
 WEIGHTS = st.one_of(st.integers(1, 50), st.floats(1e-3, 1e3), st.sampled_from([0.1, 0.7, 1 / 3, 1e-9, 1e9]))

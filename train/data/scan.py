@@ -8,8 +8,8 @@ import os
 
 import numpy as np
 
-from train import corpus, readers
 from train.config import DataConfig, UserError
+from train.data import corpus, readers
 
 LEFT_OUT = 2  # as a number of a side: a duplicate
 MOST_NAMED = 1000  # documents left out that are named one by one; the rest is counted
@@ -64,7 +64,7 @@ def look(found, config: DataConfig, tokenizer, meter):
   Args:
     found: [corpus.Source] of corpus.sources.
     config: held_out_percent, split_seed and bad_files are used.
-    tokenizer: of train.tokenizers.
+    tokenizer: of train.data.tokenizers.
     meter: Meter of the bytes of all files.
 
   Returns:
