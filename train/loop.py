@@ -97,7 +97,7 @@ def run(config, workdir):
       folder = config.train.init_from
       state = program.first_state(initial.params(folder, config.model, program.placed.params) if folder else None)
     if is_writer:
-      print(summary.header(config, workdir, corpus, rows, mesh, start), flush=True)
+      print(summary.header(config, workdir, corpus, rows, program, start), flush=True)
     writer = metrics.Writer(workdir, start, has_tensorboard=config.log.tensorboard, is_on=is_writer)
     progress = metrics.Progress(
       start, config.train.steps, plain_seconds=config.log.plain_seconds, unit=unit, is_on=is_writer
@@ -114,7 +114,7 @@ def run(config, workdir):
       while len(pending) > late:
         at, chosen, sums = pending.popleft()
         sums = jax.device_get(sums)
-        if math.isfinite(sums['objective']) and math.isfinite(sums['grad_norm']):
+        if sums['is_finite']:
           window.add(sums, is_timed=at > start + 1)
         else:
           leave_out(at, rows.where(chosen), sums)
@@ -123,8 +123,8 @@ def run(config, workdir):
           log(at)
 
     def leave_out(at, places, sums):
-      """A step whose loss or gradient is not finite: the device has left it out, or the run ends."""
-      figures = {'loss': str(sums['nll'] / max(sums['tokens'], 1.0)), 'grad_norm': str(sums['grad_norm'])}
+      """A step of which something is not finite: the device has left it out, or the run ends."""
+      figures = {name: str(value) for name, value in summary.figures(sums).items()}
       writer.write('not_finite', at, {**figures, 'rows': places, 'skipped': int(sums['skipped'])})
       if not 0 < sums['skipped'] <= config.train.skip_nonfinite:
         raise NotFinite(summary.not_finite(at, saved_step, sums, places, config.train.skip_nonfinite))
@@ -142,7 +142,7 @@ def run(config, workdir):
       """Saves in the background, after a train line, so that the lines up to a checkpoint are the steps up to it."""
       log(at)
       if not program.is_finite(state.averaged):
-        raise NotFinite(f'step {at}: a parameter is not finite; the last checkpoint is of step {saved_step}')
+        raise NotFinite(f'step {at}: a parameter is not finite; {summary.last_checkpoint(saved_step)}')
       saved.save(at, state, batches)
 
     def evaluate(at, chosen):
@@ -159,7 +159,7 @@ def run(config, workdir):
       for sums in waiting:
         totals.update(metrics.as_floats(sums))
       if not math.isfinite(totals['nll']):
-        raise NotFinite(f'step {at}: loss on held-out text is not finite; the last checkpoint is of step {saved_step}')
+        raise NotFinite(f'step {at}: loss on held-out text is not finite; {summary.last_checkpoint(saved_step)}')
       values = {f'bits_per_{unit}': metrics.bits(totals), f'{unit}s': round(totals['bytes'])}
       values |= {'is_all': len(chosen) == len(held_rows), 'seconds': time.monotonic() - began}
       writer.write('eval', at, values)
@@ -219,6 +219,8 @@ def run(config, workdir):
 
     # 5. All held-out text, and what the run came to.
     saved.wait()
+    if (skipped := int(state.skipped)) == config.train.steps:
+      raise NotFinite(f'all {skipped} steps were left out, since none was finite: nothing was learned')
     evaluation = evaluate(config.train.steps, all_rows)
     if evaluation is None:
       raise interrupt.Interrupted(watch.asked(), config.train.steps)
@@ -228,6 +230,7 @@ def run(config, workdir):
       corpus,
       mesh,
       evaluation,
+      skipped=skipped,
       seconds=writer.seconds,
       compile_seconds=compile_seconds,
       tokens_per_second=speed,

@@ -6,11 +6,11 @@ A line of metrics.jsonl is a JSON object with `kind` and `step` (steps done):
                 bits_per_token, where the data is token ids without a tokenizer), tokens, grad_norm (mean),
                 learning_rate (of the last step), seconds (of training since the run began, compiling, evaluating and
                 saving left out), tokens_per_second, mfu (0 if unknown); with a z-loss or a teacher also z,
-                distill_outputs, distill_features, distill_attention (per token, before their weights)
+                distill_outputs, distill_features, distill_attention (per token, before their weights); left_out (steps)
     eval        bits_per_byte on `bytes` held-out bytes (or bits_per_token, tokens), is_all (whether these are all),
                 seconds it took
-    not_finite  a step that was left out, or that stopped the run: loss, grad_norm, rows (what the batch was cut from),
-                skipped (steps left out so far)
+    not_finite  a step that was left out, or that stopped the run: loss, grad_norm and what else was not finite, rows
+                (what the batch was cut from), skipped (steps left out so far)
 
 The train lines of a run cover each step once, also after a stop or a crash: what is beyond the restored checkpoint is
 cut off.
@@ -147,6 +147,7 @@ class Window:
       'seconds': seconds_before + took,
       'tokens_per_second': speed,
       'mfu': speed * flops_per_token / peak if peak else 0.0,
+      'left_out': self.left_out,
       **{name: float(self.sums[name]) / max(self.sums['tokens'], 1.0) for name in self.also},
     }
     self.start()

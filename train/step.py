@@ -18,12 +18,13 @@ def trainer(sums_of, tx, schedule, *, trainable=None, accumulate=1, ema_decay=0.
     trainable: paths of the trained parameters; None means all. Of the others no gradient is computed.
     accumulate: parts of the batch that gradients are summed over, one after the other.
     ema_decay: see train.ema.update; 0 means none.
-    may_skip: whether a step whose loss or gradient is not finite changes nothing but the two counters of the State.
+    may_skip: whether a step changes nothing but the two counters of the State if its loss, its gradient or what the
+      optimizer makes of it is not finite.
 
   Returns:
-    step(State, batch, *extra) -> (State, sums): those of `sums_of`, `grad_norm` before clipping, `learning_rate`, and
-    `skipped`, the steps left out so far. The gradient is that of objective / tokens over the whole batch, whatever
-    accumulate is.
+    step(State, batch, *extra) -> (State, sums): those of `sums_of`, `grad_norm` before clipping, `learning_rate`,
+    `is_finite` (of loss and gradient; with may_skip also of the new parameters) and `skipped`, the steps left out so
+    far. The gradient is that of objective / tokens over the whole batch, whatever accumulate is.
   """
 
   def objective(trained, frozen, batch, extra):
@@ -58,13 +59,14 @@ def trainer(sums_of, tx, schedule, *, trainable=None, accumulate=1, ema_decay=0.
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     new = optax.apply_updates(trained, updates)
     ema = averages.update(state.ema, new, done, ema_decay) if ema_decay else state.ema
-    skipped = state.skipped
+    is_good, skipped = jnp.isfinite(sums['objective']) & jnp.isfinite(norm), state.skipped
     if may_skip:
-      is_good = jnp.isfinite(sums['objective']) & jnp.isfinite(norm)
+      is_good &= is_finite(new)
       kept = lambda new, old: jax.tree.map(lambda x, y: jnp.where(is_good, x, y), new, old)
       new, opt_state, ema = kept(new, trained), kept(opt_state, state.opt_state), kept(ema, state.ema)
       skipped += ~is_good
-    reported = {'grad_norm': norm, 'learning_rate': jnp.asarray(schedule(done), jnp.float32), 'skipped': skipped}
+    rate = jnp.asarray(schedule(done), jnp.float32)
+    reported = {'grad_norm': norm, 'learning_rate': rate, 'is_finite': is_good, 'skipped': skipped}
     state = states.State(state.step + 1, {**frozen, **new}, opt_state, ema, skipped)
     return state, {**sums, **reported}
 

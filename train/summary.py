@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import math
 import platform
 
 import jax
@@ -13,9 +14,9 @@ from train.data import corpus as corpora
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
-def header(config, workdir, corpus, rows, mesh, step):
+def header(config, workdir, corpus, rows, program, step):
   """A few lines: text, model, devices, length, where results go."""
-  model, train = config.model, config.train
+  model, train, mesh = config.model, config.train, program.mesh
   record = corpus.record()
   sides = []
   for split, what in ((corpora.TRAIN, 'to train on'), (corpora.HELD_OUT, 'held out')):
@@ -31,6 +32,7 @@ def header(config, workdir, corpus, rows, mesh, step):
     ('', f'{sides[1]}; {left_out}'),
     ('hash', corpus.hash),
     ('model', f'{size.parameters(model):,} parameters, {model.depth} layers, width {model.width}, {layers(model)}'),
+    *_recipe(config, program),
     ('devices', f'{mesh.size} of {jax.device_count()} {device.device_kind}' + (f': {shape}' if shape else '')),
     (
       'run',
@@ -40,6 +42,21 @@ def header(config, workdir, corpus, rows, mesh, step):
     ('workdir', str(workdir)),
   ]
   return metrics.table(lines)
+
+
+def _recipe(config, program):
+  """Lines for what is not plain training of all parameters from random ones."""
+  shapes, lines = program.abstract.params, []
+  if len(program.trainable) < len(shapes):
+    count = sum(shapes[path].size for path in program.trainable)
+    lines.append(('trained', f'{count:,} of the parameters, in {len(program.trainable)} of {len(shapes)} arrays'))
+  for name, folder in (('begins as', config.train.init_from), ('teacher', config.distill.teacher)):
+    lines += [(name, folder)] * bool(folder)
+  optimizer, decay = config.optimizer, config.train.ema_decay
+  if optimizer.method != 'adamw' or optimizer.groups or decay:
+    groups = f', {len(optimizer.groups)} groups' if optimizer.groups else ''
+    lines.append(('optimizer', f'{optimizer.method}{groups}' + (f', averages at {decay:g}' if decay else '')))
+  return lines
 
 
 def _passes(config, rows):
@@ -76,7 +93,7 @@ def result(config, corpus, mesh, evaluation, **figures):
     'held_out_documents': sum(len(part.held_out) for part in corpus.parts),
     'eval_stride': config.eval.stride,
     'steps': config.train.steps,
-    'tokens': config.train.steps * config.data.batch * config.data.seq_len,
+    'tokens': (config.train.steps - figures['skipped']) * config.data.batch * config.data.seq_len,
     **figures,
     'eval_seconds': evaluation['seconds'],
     'parameters': size.parameters(config.model),
@@ -94,10 +111,11 @@ def footer(values):
   """The table at the end of a run, from the contents of result.json."""
   unit = 'byte' if 'held_out_bytes' in values else 'token'
   use = f' ({values["mfu"]:.0%} of the peak of {values["peak_flops"]:.3g} FLOP/s, {values["peak_source"]})'
+  count = f'{values["steps"]:,} steps' + (f', {values["skipped"]} of them left out' if values.get('skipped') else '')
   bits, size = values[f'held_out_bits_per_{unit}'], values[f'held_out_{unit}s']
   return metrics.table([
     ('held out', f'{bits:.4f} bits per {unit}, all {size:,} {unit}s'),
-    ('trained', f'{values["steps"]:,} steps, {values["tokens"]:,} tokens, {metrics.clock(values["seconds"])}'),
+    ('trained', f'{count}, {values["tokens"]:,} tokens, {metrics.clock(values["seconds"])}'),
     ('speed', f'{values["tokens_per_second"]:,.0f} tokens/s' + (use if values['mfu'] else '')),
   ])
 
@@ -112,9 +130,8 @@ def not_finite(step, saved_step, sums, places, may_skip=0):
   return (
     f'step {step}: {_figures(sums)}; the batch was {_some(places)}'
     + (f', and {may_skip} steps have been left out before (train.skip_nonfinite={may_skip})' if may_skip else '')
-    + (f'. The last checkpoint is of step {saved_step}' if saved_step else '. No checkpoint was written')
-    + '; try a lower optimizer.learning_rate or optimizer.clip_norm in a new workdir'
-    + ('' if may_skip else ', or train.skip_nonfinite to leave out such steps')
+    + f'; {last_checkpoint(saved_step)}; try a lower optimizer.learning_rate or optimizer.clip_norm in a new workdir, '
+    + f'or a higher train.skip_nonfinite, which leaves out such steps, {"here" if saved_step else "there"}'
   )
 
 
@@ -124,8 +141,23 @@ def skipped(step, sums, places, may_skip):
   return f'step {step}: {_figures(sums)}; left out, {count}. The batch was {_some(places)}'
 
 
+def last_checkpoint(step):
+  """What a run that ends without saving can go on from."""
+  return f'the last checkpoint is of step {step}' if step else 'no checkpoint was written'
+
+
+def figures(sums):
+  """{name: float} of a step: loss, gradient norm, and what else is not finite."""
+  found = {'loss': float(sums['nll'] / max(sums['tokens'], 1.0)), 'grad_norm': float(sums['grad_norm'])}
+  others = {name: float(x) for name, x in sums.items() if name not in ('nll', 'byte_nll')}
+  return found | {name: x for name, x in others.items() if not math.isfinite(x)}
+
+
 def _figures(sums):
-  return f'loss {sums["nll"] / max(sums["tokens"], 1.0):g}, gradient norm {sums["grad_norm"]:g}'
+  found = figures(sums)
+  is_update = all(map(math.isfinite, found.values()))
+  shown = ', '.join(f'{name.replace("grad_norm", "gradient norm")} {value:g}' for name, value in found.items())
+  return shown + ', but the update is not finite' * is_update
 
 
 def _some(places):

@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(source, tmp_path, monkeypatch, 
   monkeypatch.setattr(program.steps, 'trainer', trainer)
   with pytest.raises(loop.NotFinite, match=r'step 6: loss nan.*row \d+ \(p\d+/f\d.txt byte \d+\)') as error:
     loop.run(config, tmp_path)
-  assert ('last checkpoint is of step 3' if checkpoints else 'No checkpoint was written') in str(error.value)
+  assert ('last checkpoint is of step 3' if checkpoints else 'no checkpoint was written') in str(error.value)
   assert [path.name for path in (tmp_path / 'checkpoints').glob('*')] == ['3'] * bool(checkpoints)
   (line,) = tiny.lines(tmp_path, 'not_finite')
   assert line['step'] == 6
@@ -253,6 +253,17 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(source, tmp_path, mo
     poisoned(patched, {2})
     with pytest.raises(loop.NotFinite, match=r'step 10: loss nan.*2 steps have been left out.*checkpoint is of step 8'):
       loop.run(config, tmp_path / 'two')
+  config.train.skip_nonfinite = 3  # may be raised
+  result = loop.run(config, tmp_path / 'two')
+  assert (result['steps'], result['skipped'], result['tokens']) == (12, 2, 10 * 8 * 16)
+
+
+def test_a_run_that_learned_nothing_is_no_result(source, tmp_path):
+  config = tiny.config(source, train={'skip_nonfinite': 9, 'steps': 2, 'z_loss': 3e38})
+  with pytest.raises(loop.NotFinite, match='all 2 steps were left out'):
+    loop.run(config, tmp_path)
+  assert not (tmp_path / 'result.json').exists()
+  assert all(line['objective'] == 'inf' for line in tiny.lines(tmp_path, 'not_finite'))
 
 
 def test_a_run_with_everything(tmp_path):

@@ -90,11 +90,20 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(bad):
   assert all(float(three.averaged[path]) == float(same.averaged[path]) for path in PATHS)
 
 
+def test_an_update_that_is_not_finite_is_left_out_too():
+  tx = optax.sgd(3e38)
+  step = steps.trainer(toy, tx, lambda n: n, may_skip=True)
+  state, sums = step(toy_state(tx), {'x': np.float32([[3.0]])})
+  assert np.isfinite(sums['grad_norm'])
+  assert not sums['is_finite']
+  assert (float(state.params['a']), int(state.skipped)) == (2, 1)
+
+
 def test_without_leave_to_skip_nan_reaches_the_parameters():
   tx = optax.sgd(0.5)
   state, sums = steps.trainer(toy, tx, lambda n: n)(toy_state(tx), {'x': np.float32([[np.nan]])})
   assert np.isnan(state.params['a'])
-  assert sums['skipped'] == 0
+  assert (bool(sums['is_finite']), int(sums['skipped'])) == (False, 0)
 
 
 def made(**changes):
