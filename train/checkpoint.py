@@ -7,6 +7,7 @@ written is hashed (train/manifest.py), and read only if it is as it was.
 
 import copy
 import errno
+import os
 import re
 import sys
 import threading
@@ -18,6 +19,7 @@ from absl import logging
 
 from models import state as model_state
 from train import (
+  checks,
   config as configs,
   manifest,
   optimizer,
@@ -30,6 +32,7 @@ from train import (
 from train.config import UserError
 
 WEIGHTS = ('', 'ema', 'raw')
+TRIES = 5  # to load the newest checkpoint of a run that goes on, and deletes old ones
 DETAIL = 120  # characters at either end of a library's message
 _FULL = re.compile(r'No space left|Disk quota|File too large|RESOURCE_EXHAUSTED', re.I)
 
@@ -52,20 +55,23 @@ class Checkpoints:
     self._shelf, self._keep = shelves.Shelf(workdir), config.keep
     self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._thread: threading.Thread | None = None
-    self._failed: SaveFailed | None = None
+    self._failed: BaseException | None = None
 
   def __enter__(self):
     return self
 
-  def __exit__(self, kind, *unused):
+  def __exit__(self, kind, error=None, *unused):
     """Waits for what is being saved; if nothing else has gone wrong, SaveFailed."""
+    if processes.is_lost(error):
+      return  # what is being saved waits for a process that is gone, until jax aborts this one
     self._join()
     self._orbax.close()
     if kind is None:
       self.check()
 
   def newest(self):
-    """Step of the newest finished checkpoint, 0 if there is none."""
+    """Step of the newest finished checkpoint, 0 if there is none; waits for what is being saved, raises nothing."""
+    self._join()
     return max(self._shelf.steps(), default=0)
 
   def save(self, step, state, iterator):
@@ -97,7 +103,7 @@ class Checkpoints:
     self._thread.start()
 
   def check(self):
-    """SaveFailed if a save has failed; waits for nothing."""
+    """SaveFailed if a save has failed, or jax's error if another process is gone; waits for nothing."""
     if self._failed:
       raise self._failed
 
@@ -144,7 +150,7 @@ class Checkpoints:
       self._orbax.wait_until_finished()
       processes.first_only(lambda: self._shelf.finish(step, self._keep), 'finish')
     except BaseException as error:
-      self._failed = self._failure(step, error)
+      self._failed = error if processes.is_lost(error) else self._failure(step, error)
 
   def _join(self):
     if self._thread:
@@ -161,8 +167,9 @@ class Checkpoints:
     left = f'The checkpoint of step {newest} is untouched' if newest else 'There is no older checkpoint'
     detail = ' '.join(str(error).split()) or type(error).__name__
     detail = detail if len(detail) < 2 * DETAIL else f'{detail[:DETAIL]} ... {detail[-DETAIL:]}'
+    bad = f' ({workdirs.BAD_CHECKPOINTS} has {", ".join(self._shelf.bad())})' if self._shelf.bad() else ''
     return SaveFailed(
-      f'checkpoint of step {step}: {reason} ({detail}). {left}. Free some space or repair the disk; then the '
+      f'checkpoint of step {step}: {reason} ({detail}). {left}. Free some space{bad} or repair the disk; then the '
       'same command continues'
     )
 
@@ -188,11 +195,22 @@ def load_params(workdir, step=None, *, mesh=None, placed=None, weights=''):
     raise ValueError(f'weights={weights!r}: expected one of {WEIGHTS}')
   workdir = workdirs.expand(workdir)
   config, shelf = read_config(workdir), shelves.Shelf(workdir)
-  step = _chosen(shelf, step)
   has_ema = bool(config.train.ema_decay)
   if weights == 'ema' and not has_ema:
     raise UserError(f"weights='ema': expected a run with train.ema_decay, {workdir} has train.ema_decay=0")
   is_averaged = has_ema and weights != 'raw'
+  for tried in range(TRIES):
+    chosen = _chosen(shelf, step)
+    try:
+      return config, _load(config, shelf, chosen, mesh, placed, is_averaged), chosen
+    except UserError:
+      if tried == TRIES - 1 or chosen in shelf.steps():  # else a run that goes on has deleted it meanwhile
+        raise
+  raise AssertionError
+
+
+def _load(config, shelf, step, mesh, placed, is_averaged):
+  """{path: array} of a checkpoint; UserError if it is not as it was written."""
   wanted = ('params', 'ema') if is_averaged else ('params',)
   if found := shelf.problems(step, wanted):
     others = ', '.join(str(at) for at in shelf.steps() if at != step) or 'none'
@@ -215,7 +233,7 @@ def load_params(workdir, step=None, *, mesh=None, placed=None, weights=''):
     params = {**params, **{path: x.astype(params[path].dtype) for path, x in found.ema.items()}}
   if is_local:  # without the mesh, so that the arrays mix with any others
     params = {path: jax.device_put(np.asarray(x), jax.local_devices()[0]) for path, x in params.items()}
-  return config, params, step
+  return params
 
 
 def load_model(workdir, step=None, weights=''):
@@ -237,7 +255,7 @@ def load_model(workdir, step=None, weights=''):
 
 
 def read_config(workdir):
-  """The Config of the run in a workdir."""
+  """The Config of the run in a workdir; UserError if there is none, or one with values of other types."""
   if not (workdir / workdirs.CONFIG).exists():
     raise UserError(f'workdir {workdir}: expected a run, found no {workdirs.CONFIG}')
   found = workdirs.read_json(workdir / workdirs.CONFIG)
@@ -245,7 +263,9 @@ def read_config(workdir):
     is_model = isinstance(found, dict) and 'architectures' in found
     what = 'it is a checkpoint, not a run' if is_model else f'its {workdirs.CONFIG} is of something else'
     raise UserError(f'workdir {workdir}: expected a run; {what}')
-  return configs.from_dict(configs.Config, found['config'])
+  config = configs.from_dict(configs.Config, found['config'])
+  checks.check_types(config)
+  return config
 
 
 def quiet():
@@ -259,6 +279,19 @@ def quiet():
       shown(raised)
 
   sys.unraisablehook = hook
+
+
+def leave(status):
+  """For a program, as the last thing it does after an error: its exit status.
+
+  After a save that could not begin, Orbax's threads wait for each other for minutes, and Python's end for them; then
+  this ends the process at once.
+  """
+  if any(type(thread).__module__.startswith('orbax.') for thread in threading.enumerate()):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  return status
 
 
 def _chosen(shelf, step):
@@ -277,5 +310,8 @@ def _optimizer(state):
 def _restored(orbax, folder, items):
   try:
     return orbax.restore(folder, args=ocp.args.Composite(**items))
-  except (KeyError, ValueError, OSError) as error:
+  except Exception as error:
+    # TensorStore raises Exception itself where files are gone or unreadable.
+    if not isinstance(error, (KeyError, ValueError, OSError)) and type(error) is not Exception:
+      raise
     raise UserError(f'{folder}: expected a checkpoint of this config and model ({error})') from error

@@ -73,22 +73,22 @@ def _check_numbers(config):
   one_of(distill, 'distill', {'divergence': DIVERGENCES})
   if mesh.data != -1 and mesh.data < 1:
     raise UserError(f'mesh.data={mesh.data}: expected -1 (what is left) or at least 1')
-  infinity = math.inf
+  infinity, share = math.inf, math.nextafter(1, 0)
   within = [
     ('config.seed', config.seed, 0, 2**32 - 1),
     ('data.held_out_percent', data.held_out_percent, 0.1, 50),
     ('optimizer.learning_rate', optimizer.learning_rate, 0, infinity),
     ('optimizer.decay_fraction', optimizer.decay_fraction, 0, 1),
     ('optimizer.final_fraction', optimizer.final_fraction, 0, 1),
-    ('optimizer.b1', optimizer.b1, 0, 1 - 1e-9),
-    ('optimizer.b2', optimizer.b2, 0, 1 - 1e-9),
-    ('optimizer.momentum', optimizer.momentum, 0, 1 - 1e-9),
-    ('optimizer.eps', optimizer.eps, 0, infinity),
+    ('optimizer.b1', optimizer.b1, 0, share),
+    ('optimizer.b2', optimizer.b2, 0, share),
+    ('optimizer.momentum', optimizer.momentum, 0, share),
+    ('optimizer.eps', optimizer.eps, math.nextafter(0, 1), infinity),
     ('optimizer.weight_decay', optimizer.weight_decay, 0, infinity),
     ('optimizer.clip_norm', optimizer.clip_norm, 0, infinity),
     ('train.peak_flops', config.train.peak_flops, 0, infinity),
     ('train.z_loss', config.train.z_loss, 0, infinity),
-    ('train.ema_decay', config.train.ema_decay, 0, 1 - 1e-9),
+    ('train.ema_decay', config.train.ema_decay, 0, share),
     ('distill.temperature', distill.temperature, 1e-3, infinity),
     ('checkpoint.seconds', config.checkpoint.seconds, 0, infinity),
     ('log.plain_seconds', config.log.plain_seconds, 0, infinity),
@@ -102,7 +102,9 @@ def _check_numbers(config):
     within.append((f'data.mixture[{i}].weight', part.weight, 0, infinity))
   for path, value, low, high in within:
     if not low <= value <= high:
-      raise UserError(f'{path}={value}: expected a number from {low} to {high:g}')
+      above = 'above 0' if 0 < low < 1e-300 else f'from {low}'
+      below = ', below 1' if high == share else f' to {high:g}'
+      raise UserError(f'{path}={value}: expected a number {above}{below}')
 
 
 def _check_fit(config):

@@ -47,7 +47,8 @@ class DataConfig:
     format: of these files: 'text' (a document a file), 'jsonl' (a document a line), 'parquet' (a document a row),
       'tokens' (.npy arrays of token ids); '' goes by their names.
     field: what holds the document in a line of JSONL or a row of Parquet: a text, or a list of token ids.
-    mixture: parts that rows are drawn from by weight; where there are any, source, format and field are not read.
+    mixture: parts that rows are drawn from by weight; where there are any, source is not read, and format and field
+      are those of held_out.
     tokenizer: 'bytes'; a tokenizer.json, or a folder with one; 'none' where the data is token ids already.
     separator: token before each document: its text or its number; '' means 256 for bytes and the end-of-text token
       that the tokenizer's folder names.
@@ -85,10 +86,11 @@ class GroupConfig:
   """Parameters that are optimized in another way. The first group that matches a parameter counts.
 
   Attributes:
-    match: regular expression that a whole path, such as blocks.0.mixer.q.kernel, must match.
+    match: regular expression that a whole path, such as blocks.0.mixer.q.kernel, must match. The number counts layers,
+      also with model.scan.
     method: 'adamw' or 'muon'; '' means optimizer.method.
     rate: factor on the learning rate.
-    decay: factor on the weight decay.
+    decay: factor on the weight decay, which only matrices have.
   """
 
   match: str = ''
@@ -110,9 +112,9 @@ class OptimizerConfig:
     final_fraction: last learning rate as a share of the highest.
     b1: decay of the mean of gradients.
     b2: decay of the mean of squared gradients.
-    eps: added to the root of the latter.
+    eps: added to the root of the latter; above 0.
     momentum: of Muon.
-    weight_decay: on matrices; scales and biases have none.
+    weight_decay: on matrices, adapters too; scales and biases have none.
     clip_norm: gradients with a larger global norm are scaled down to it; 0 means never.
     trainable: regular expression that a whole path must match to be trained; the rest is frozen. '' means all, or,
       with adapters, the adapters only.
@@ -289,6 +291,8 @@ CHANGEABLE = re.compile(
   r'train\.(steps|profile_steps|peak_flops|skip_nonfinite|accumulate|loss_chunk)|data\.prepared'
   r'|model\.(remat|implementation|layers\[\d+\]\.remat)|(mesh|eval|checkpoint|log)\..*'
 )
+# A run may go on after a change of these where the text and its tokens stay what they were.
+PATHS = re.compile(r'data\.(source|tokenizer|held_out|mixture\[\d+\]\.source)')
 
 
 def load(config):
@@ -310,11 +314,13 @@ def to_dict(config):
 
 
 def from_dict(kind, values):
-  """The dataclass `kind` with the nested `values` that `to_dict` gave.
+  """The dataclass `kind` with the nested `values` that `to_dict` gave. Single values are not checked.
 
   Raises:
-    UserError: a field that `kind` does not have.
+    UserError: a field that `kind` does not have, or no dictionary or list where one belongs.
   """
+  if not isinstance(values, dict):
+    raise UserError(f'{kind.__name__}: expected its fields, got {values!r}')
   hints = typing.get_type_hints(kind)
   made = {}
   for name, value in values.items():
@@ -323,6 +329,8 @@ def from_dict(kind, values):
     if dataclasses.is_dataclass(hints[name]):
       value = from_dict(hints[name], value)
     elif typing.get_origin(hints[name]) is list:
+      if not isinstance(value, list):
+        raise UserError(f'{kind.__name__}.{name}={value!r}: expected a list')
       item_kind = typing.get_args(hints[name])[0]
       value = [from_dict(item_kind, item) if dataclasses.is_dataclass(item_kind) else item for item in value]
     made[name] = value
@@ -348,5 +356,11 @@ def differences(old, new):
   return [
     f'{path}: {old.get(path, "(none)")!r} -> {new.get(path, "(none)")!r}'
     for path in dict.fromkeys([*old, *new])
-    if old.get(path) != new.get(path) and not CHANGEABLE.fullmatch(path)
+    if old.get(path) != new.get(path) and not CHANGEABLE.fullmatch(path) and not PATHS.fullmatch(path)
   ]
+
+
+def moved(old, new):
+  """Whether a path of the text is another one in two `to_dict` results."""
+  old, new = flat(to_dict(from_dict(Config, old))), flat(new)
+  return any(old.get(path) != new.get(path) for path in {*old, *new} if PATHS.fullmatch(path))

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models import state as model_state
-from train import initial, loss
+from models import size, state as model_state
+from train import initial, loss, sharding
 from train.config import UserError
 
 
@@ -40,15 +40,66 @@ def load_teacher(settings, model_config, mesh):
   Raises:
     UserError: no model there, or one that cannot teach this student.
   """
-  check_folder(settings, model_config)
+  check_folder(settings, model_config, mesh)
   config, params = initial.model(settings.teacher, mesh, name='distill.teacher')
   placed = {path: array.sharding for path, array in params.items()}
   return Teacher(config, model_state.graph(config), params, placed)
 
 
-def check_folder(settings, model_config):
-  """UserError unless the folder of the teacher holds a model that can teach this student; parameters are not read."""
-  check(settings, model_config, initial.read_config(settings.teacher, name='distill.teacher'))
+def check_folder(settings, model_config, mesh=None):
+  """UserError unless the folder of the teacher holds a model that can teach this student; parameters are not read.
+
+  Args:
+    settings: DistillConfig.
+    model_config: DecoderConfig of the student.
+    mesh: that the teacher must fit on; None means any.
+
+  Returns:
+    DecoderConfig of the teacher, without adapters.
+  """
+  teacher = initial.without_adapters(initial.read_config(settings.teacher, name='distill.teacher'))
+  check(settings, model_config, teacher)
+  if mesh is not None:
+    try:
+      sharding.params_sharding(model_state.abstract_params(teacher), mesh)
+    except ValueError as error:
+      raise UserError(f'distill.teacher={settings.teacher!r}: {error}') from error
+  return teacher
+
+
+def flops_per_token(settings, student, teacher, T, trained=None, *, z_loss=0.0):
+  """Floating point operations of a step of `of_models` per token, nothing computed twice.
+
+  As models.size.step_flops_per_token of the student, the forward pass of the teacher as far up as something is compared
+  with it, and the pass of mixers that distill_attention has of its own.
+
+  Args:
+    settings: DistillConfig.
+    student: DecoderConfig.
+    teacher: DecoderConfig.
+    T: tokens of a text.
+    trained: paths of the student's trained parameters; None means all.
+    z_loss: see train.loss.cross_entropy.
+  """
+  is_trunk = settings.labels or settings.outputs or settings.features or z_loss
+  layers = compared(settings, student)
+  total = size.step_flops_per_token(student, T, trained if is_trunk else ())
+  if settings.outputs:
+    total += size.flops_per_token(teacher, T)
+  elif layers:
+    last = max(teacher_layer(i, student.depth, teacher.depth) for i in layers)
+    total += size.layers_flops_per_token(teacher, T, range(last + bool(settings.features)))
+    total += 0 if settings.features else size.mixer_flops_per_token(teacher, T, [last], ())
+  if settings.attention:
+    total += size.mixer_flops_per_token(student, T, layers, trained)
+  return total
+
+
+def compared(settings, student):
+  """Numbers of the student's layers that are compared with the teacher's."""
+  if not (settings.features or settings.attention):
+    return []
+  return settings.layers or list(range(student.depth))
 
 
 def check(settings, student, teacher):
@@ -197,7 +248,7 @@ def of_models(student, teacher, batch, chunk, settings, *, z_loss=0.0):
   Source: distill_attention: arXiv:2410.10254 (LoLCATs) and arXiv:2507.09025 (Lizard), their first stages.
   """
   where, weights = (batch.get('positions'), batch['segment_ids']), batch['weights']
-  mine = (settings.layers or list(range(student.depth))) if settings.features or settings.attention else []
+  mine = compared(settings, student)
   theirs = {i: teacher_layer(i, student.depth, teacher.depth) for i in mine}
   features = ['outputs'] if settings.features else []
   kinds = [*features, *(['inputs', 'mixed'] if settings.attention else [])]
@@ -246,5 +297,5 @@ def _kl(log_p, log_q):
 
 
 def _total(found, weights):
-  """The weighted sum; a token of weight 0 may be anything."""
+  """The weighted sum; a token of weight 0 may be anything, but only where it is finite has it no gradient."""
   return (jnp.where(weights > 0, found, 0) * weights).sum()

@@ -25,7 +25,8 @@ def update(ema, params, step, decay):
 
   Args:
     ema: {path: float32 array}.
-    params: {path: array} after the step; those of other paths are not read.
+    params: {path: array} after the step, the float32 copies of narrow ones (train.masters.of): an average of roundings
+      has their error. Those of other paths are not read.
     step: n, optimizer steps done before this one; int32 scalar.
     decay: the d of a long run, below 1.
 

@@ -8,19 +8,21 @@ a model is run (RUN) may differ; scanned and unscanned forms are turned into eac
 
 import dataclasses
 import functools
+import hashlib
 import re
 
 import jax
 import jax.numpy as jnp
 
 from models import adapters, hf, sharding, state as model_state
-from models.hf import architectures
-from train import checkpoint, config as configs, workdir as workdirs
+from models.hf import architectures, safetensors
+from train import checkpoint, config as configs, manifest, shelf as shelves, workdir as workdirs
 from train.config import UserError
 
 RUN = ('dtype', 'param_dtype', 'remat', 'scan', 'implementation')  # how a model is computed and stored
 ADAPTERS = ('adapter_rank', 'adapter_alpha', 'adapter_match')
 LINES = 20  # fields that an error lists
+SAMPLES, PIECE = 256, 1 << 18  # of a file of tensors: pieces that tell it from others, and the bytes of one
 
 
 def params(folder, config, placed, *, name='train.init_from'):
@@ -69,7 +71,10 @@ def model(folder, mesh, *, name='distill.teacher'):
   if config.adapter_rank:
     merged, config = adapters.merged(model_state.merge(model_state.graph(config), given), config)
     given = model_state.split(merged)[1]
-  placed = sharding.params_sharding(given, mesh)
+  try:
+    placed = sharding.params_sharding(given, mesh)
+  except ValueError as error:
+    raise UserError(f'{name}={str(folder)!r}: {error}') from error
   return config, {path: jax.device_put(x, placed[path]) for path, x in given.items()}
 
 
@@ -93,7 +98,10 @@ def check(folder, config, *, name='train.init_from'):
     return found
   if found.adapter_rank and not config.adapter_rank:
     lines.append('(python -m train.export writes a model with its adapters merged)')
-  ours, theirs = (_apart(x) for x in (config, found))
+  try:
+    ours, theirs = (_apart(x) for x in (config, found))
+  except ValueError as error:  # adapters that fit nowhere
+    raise UserError(f'{name}={str(folder)!r} is not the model of this run: {error}') from error
   paths = [path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path)]
   if not found.adapter_rank:
     paths = [path for path in paths if not _is_adapter(path)]
@@ -102,6 +110,64 @@ def check(folder, config, *, name='train.init_from'):
   more = len(lines) - LINES
   shown = [*lines[:LINES], *([f'... and {more} more fields'] if more > 0 else []), *said]
   raise UserError(f'{name}={str(folder)!r} is not the model of this run:\n  ' + '\n  '.join(shown))
+
+
+def identity(folder, *, name='train.init_from'):
+  """What tells the parameters of a folder from others, for a run that goes on to find that they have changed.
+
+  It is found before anything is computed or written, so a folder is refused here that could not be read later.
+
+  Args:
+    folder: as of `params`.
+    name: of the setting, for errors.
+
+  Returns:
+    Dictionary for JSON. Of a run: the step of its newest checkpoint, the SHA-256 of its manifest, and whether its
+    averages count; of a checkpoint: SHA-256 of config.json, and of each file of tensors its size and a SHA-256 of
+    SAMPLES pieces of it. Neither says where the folder is.
+
+  Raises:
+    UserError: no model there; a run without a checkpoint, or whose newest is not as it was written; files of tensors
+      that are cut short or have a bad header.
+  """
+  path = workdirs.expand(folder)
+  try:
+    if _is_run(path):
+      return _run_identity(path)
+    with safetensors.Folder(path):
+      pass  # reads all headers
+    files = sorted(path.glob('*.safetensors'))
+    record = {'config': manifest.digest(path / workdirs.CONFIG)}
+    return {**record, 'tensors': {file.name: [file.stat().st_size, _sample(file)] for file in files}}
+  except (ValueError, OSError) as error:
+    raise UserError(f'{name}={str(folder)!r}: {error}') from error
+
+
+def _sample(path):
+  """SHA-256 of pieces of a file, evenly spread, or of all of a small one. Training changes every tensor."""
+  value, size = hashlib.sha256(), path.stat().st_size
+  with open(path, 'rb') as file:
+    for start in range(0, size, max(PIECE, size // SAMPLES)):
+      file.seek(start)
+      value.update(file.read(PIECE))
+  return value.hexdigest()
+
+
+def _run_identity(path):
+  """See `identity`."""
+  config, shelf = checkpoint.read_config(path), shelves.Shelf(path)
+  step, has_averages = max(shelf.steps(), default=0), bool(config.train.ema_decay)
+  if not step:
+    raise UserError(f'{path}: expected a run with a checkpoint, found none')
+  if found := shelf.problems(step, ('params', 'ema') if has_averages else ('params',)):
+    raise UserError(f'{shelf.folder(step)}: expected a whole checkpoint; {manifest.summary(found)}')
+  digest = manifest.digest(path / workdirs.MANIFESTS / f'{step}.json')
+  return {'step': step, 'manifest': digest, 'averages': has_averages}
+
+
+def without_adapters(config):
+  """The DecoderConfig of a model after its adapters were merged."""
+  return dataclasses.replace(config, adapter_rank=0, adapter_alpha=0.0, adapter_match='')
 
 
 def read_config(folder, like=None, *, name='train.init_from'):
@@ -118,7 +184,7 @@ def read_config(folder, like=None, *, name='train.init_from'):
   path = workdirs.expand(folder)
   try:
     if _is_run(path):
-      return checkpoint.read_config(path).model
+      return checkpoint.read_config(path).model.validate()
     longest, shortest = (hf.read_config(path, length=length)[0] for length in (None, 1))
     return shortest if like is not None and not _fields(shortest, like) else longest
   except (ValueError, OSError) as error:

@@ -105,5 +105,4 @@ def _end(number):
 
 
 def _end_again(number):
-  os.write(2, b'\nstopped at once; the same command continues from the last checkpoint\n')
-  os._exit(128 + number)
+  leave('stopped at once; the same command continues from the last checkpoint', 128 + number)

@@ -59,12 +59,19 @@ def run(config, workdir):
       if is_writer:
         print(f'This run is finished; nothing was computed again.\n{summary.footer(result)}')
       return result
+    mesh = sharding.make_mesh(config.mesh)
+    teacher_config, models = None, {}
+    if config.distill.teacher:
+      teacher_config = distill.check_folder(config.distill, config.model, mesh)
+      models['distill.teacher'] = config.distill.teacher
     if config.train.init_from and not workdirs.saved_steps(workdir):
       initial.check(config.train.init_from, config.model)
-    if config.distill.teacher:
-      distill.check_folder(config.distill, config.model)
-    mesh = sharding.make_mesh(config.mesh)
+      models['train.init_from'] = config.train.init_from
     program = programs.make(config, mesh)  # jitted steps and placements; nothing is compiled yet
+
+    found = processes.first_only(
+      lambda: {name: initial.identity(folder, name=name) for name, folder in models.items()}, 'identity'
+    )
 
     def prepare():
       """What one process does for all: takes the folder and prepares the text."""
@@ -72,7 +79,8 @@ def run(config, workdir):
       stored = workdirs.check(workdir, config)  # again: nobody else can change it from here on
       corpus = store.open_or_prepare(config.data, workdir, vocab=config.model.vocab)
       workdirs.check_corpus(workdir, stored, corpus)
-      workdirs.write_run(workdir, config, corpus, size.parameters(config.model))
+      identities = workdirs.check_models(workdir, stored, found)
+      workdirs.write_run(workdir, config, corpus, size.parameters(config.model), identities)
 
     processes.first_only(prepare, 'prepare')
     corpus = store.open_or_prepare(config.data, workdir, vocab=config.model.vocab, is_writer=False)
@@ -105,6 +113,10 @@ def run(config, workdir):
     at_end.callback(writer.close)
     at_end.callback(progress.close)
     flops_per_token = size.step_flops_per_token(config.model, T, program.trainable)
+    if teacher_config:
+      flops_per_token = distill.flops_per_token(
+        config.distill, config.model, teacher_config, T, program.trainable, z_loss=config.train.z_loss
+      )
     peak_flops, peak_source = peak.flops(mesh, config.train.peak_flops)
     pending: collections.deque = collections.deque()  # (step, row numbers, sums on the devices), not read yet
     saved_step, saved_at, compile_seconds = start, time.monotonic(), 0.0

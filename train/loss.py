@@ -15,7 +15,8 @@ def cross_entropy(logits, targets, weights, byte_counts, *, z_loss=0.0):
   Args:
     logits: [B, T, vocab].
     targets: [B, T] int.
-    weights: [B, T] float32, 0 where a target does not count.
+    weights: [B, T] float32, 0 where a target does not count: its logits then change no sum, whatever they are. Its
+      gradient is 0 only if they are finite: to replace others first would hold one more array of this shape.
     byte_counts: [B, T] float32, bytes of text that a target stands for; 0 for separators.
     z_loss: factor on z; 0 means none. PaLM has 1e-4.
 

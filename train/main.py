@@ -4,7 +4,8 @@
 
   --config   a Python file whose get_config() returns a train.config.Config
   --workdir  the folder of the run. The same command again goes on where the run stopped
-  --config.train.steps=500, --config.model.layers[0].window=64, ...   change single fields; 0 and '' mean off
+  --config.train.steps=500, --config.model.layers[0].window=64, --config.distill.layers=[0,2], ...
+             change single fields; 0 and '' mean off. Lists of records get their entries in the config file
 
 Ctrl-C and SIGTERM finish the step, save and end; a second one, or one before the first step, stops at once. With more
 than one process, start each with --distributed (and on plain machines --coordinator, --processes, --process); they
@@ -12,10 +13,11 @@ share the workdir. A signal to one stops all; when one ends with an error or is 
 nothing is gone after --heartbeat_seconds, 20). See docs/training.md, docs/data.md, docs/finetuning.md, docs/scaling.md.
 
 Exit status: 0 done, or saved after SIGTERM (result.json is there only when all steps are done); 1 the loss is not
-finite; 2 a setting, file or folder does not fit; 3 a checkpoint could not be written; 4 another process of the run is
-gone; 130 saved after Ctrl-C.
+finite; 2 a setting, file or folder does not fit; 3 a checkpoint or another file could not be written; 4 (or 134, where
+jax ends a process itself) another process of the run is gone; 130 saved after Ctrl-C.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -24,6 +26,7 @@ import os
 import re
 import signal
 import sys
+import typing
 import warnings
 
 if __name__ == '__main__':
@@ -36,6 +39,26 @@ from ml_collections import config_flags
 
 from train.config import Config, UserError
 
+
+class _Numbers(flags.ArgumentParser):
+  """A list of numbers."""
+
+  def parse(self, argument):
+    if isinstance(argument, list):  # the default
+      return argument
+    try:
+      found = ast.literal_eval(argument)
+    except (SyntaxError, ValueError):
+      found = None
+    if not isinstance(found, list) or not all(isinstance(x, (int, float)) for x in found):
+      raise ValueError('not numbers in brackets, such as [0,2]')
+    return found
+
+  def flag_type(self):
+    return 'list'
+
+
+config_flags.register_flag_parser_for_type(list, _Numbers())
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Python file whose get_config() returns a Config.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other processes of this run (jax.distributed).')
@@ -64,6 +87,8 @@ def main(argv):
     return _fail(error, 1)
   except checkpoint.SaveFailed as error:
     return _fail(error, 3)
+  except OSError as error:  # of the files beside checkpoints: a full disk, a folder that is gone
+    return _fail(f'{error.filename or _WORKDIR.value}: {error.strerror or error}; the same command goes on', 3)
   except interrupt.Interrupted as stop:
     print(f'train: {stop} and saved; the same command continues', file=sys.stderr, flush=True)
     return interrupt.status(stop.signal)
@@ -74,8 +99,8 @@ def main(argv):
   return 0
 
 
-def parse(argv):
-  """Flags of a command line. A bad one ends the program with a line that names it, status 2."""
+def parse(argv, program='train'):
+  """Flags of a command line. A bad one ends the program with a line that names both, status 2."""
   if any(arg in ('--help', '-h', '-help', '--helpshort', '--helpfull') for arg in argv[1:]):
     print(usage())
     sys.exit(0)
@@ -86,12 +111,12 @@ def parse(argv):
       warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)  # in ml_collections
       return flags.FLAGS(argv)
   except UserError as error:
-    sys.exit(_fail(error, 2))
+    sys.exit(_fail(error, 2, program))
   except flags.IllegalFlagValueError as error:
     named = next((name for name in kinds if f'--{name}=' in str(error)), '')
-    sys.exit(_fail(f'{error}' + (f'; expected {kinds[named]}' if named else ''), 2))
+    sys.exit(_fail(f'{error}' + (f'; expected {kinds[named]}' if named else ''), 2, program))
   except flags.Error as error:
-    sys.exit(_fail(f'{error}{_meant(argv)}', 2))
+    sys.exit(_fail(f'{error}{_meant(argv)}', 2, program))
 
 
 def check(args):
@@ -127,23 +152,37 @@ def check(args):
 
 def field(config, path):
   """The value of the field `path`, such as 'model.layers[0].window'; UserError if a config has no such field."""
+  kind: typing.Any = None
   record, done = config, 'config'
   for name in re.sub(r'\[', '.[', path).split('.'):
     if isinstance(record, list):
+      if not record:
+        raise UserError(f'--config.{path}: {done} is empty, expected entries in the config file to change fields of')
       if not re.fullmatch(r'\[-?\d+\]', name) or not -len(record) <= int(name[1:-1]) < len(record):
         raise UserError(f'--config.{path}: expected an index of {done}, from [0] to [{len(record) - 1}], got {name!r}')
-      record = record[int(name[1:-1])]
+      record, kind = record[int(name[1:-1])], None
     elif dataclasses.is_dataclass(record) and hasattr(record, name):
-      record = getattr(record, name)
+      record, kind = getattr(record, name), typing.get_type_hints(type(record)).get(name)
     else:
       names = [field.name for field in dataclasses.fields(record)] if dataclasses.is_dataclass(record) else []
       near = difflib.get_close_matches(name, names, n=2) or _elsewhere(name, config)
       hint = f'; did you mean {" or ".join(near)}?' if near else f'; it has {", ".join(names)}' if names else ''
       raise UserError(f'--config.{path}: {done} has no field {name!r}{hint}')
     done += name if name.startswith('[') else f'.{name}'
-  if dataclasses.is_dataclass(record) or isinstance(record, list):
+  if item := _item(kind):
+    raise UserError(
+      f'--config.{path}: expected a single value, this is a list of {item.__name__}; make its entries in the config '
+      f'file, and change their fields, as --config.{path}[0].{dataclasses.fields(item)[0].name}'
+    )
+  if dataclasses.is_dataclass(record):
     raise UserError(f'--config.{path}: expected a single value, this is a {type(record).__name__}; set its fields')
   return record
+
+
+def _item(kind):
+  """The dataclass of the items of a type that is a list of records, else None."""
+  item = next(iter(typing.get_args(kind)), None)
+  return item if typing.get_origin(kind) is list and dataclasses.is_dataclass(item) else None
 
 
 def _elsewhere(name, config):
@@ -168,12 +207,15 @@ def usage():
   def describe(record, prefix):
     text = inspect.cleandoc(type(record).__doc__ or '').split('Attributes:')[-1]
     told = {match[1]: ' '.join(match[2].split()) for match in re.finditer(r'^ {2}(\w+): ((?:.|\n {4})*)', text, re.M)}
+    hints = typing.get_type_hints(type(record))
     for name, value in vars(record).items():
       if dataclasses.is_dataclass(value):
         lines.append('')
         describe(value, f'{prefix}.{name}')
-      elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
-        describe(value[0], f'{prefix}.{name}[0]')
+      elif item := _item(hints[name]):
+        lines.append(f'  {prefix}.{name}: {told.get(name, "")}')
+        lines.append('        Entries are made in the config file. Fields of the first:')
+        describe(item(), f'{prefix}.{name}[0]')
       else:
         lines.append(f'  --{prefix}.{name}={value!r}\n        {told.get(name, "")}')
 
@@ -196,12 +238,12 @@ def _join():
     processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, heartbeat_seconds=_HEARTBEAT.value)
 
 
-def _fail(message, status):
+def _fail(message, status, program='train'):
   """Says what went wrong, and ends all processes of the run."""
   processes = sys.modules.get('train.processes')  # a bad flag is found before the import
   if processes and processes.is_joined():
     processes.end(message, status)
-  print(f'train: {message}', file=sys.stderr, flush=True)
+  print(f'{program}: {message}', file=sys.stderr, flush=True)
   return status
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 THREADS = 8  # that read a checkpoint; SHA-256 of 1 GB takes one about a second
 CHUNK = 1 << 20  # bytes read at a time
 SHOWN = 3  # files that are named
+LEFT = '.nfs'  # how the names begin that NFS gives to files which are deleted while open
 PATIENCE = 1.0  # seconds before a progress bar appears
 
 
@@ -28,7 +29,10 @@ def write(folder, path, step):
     path: of the manifest; its folder exists.
     step: of the checkpoint.
   """
-  files = {name: [size, digest(folder / name, is_synced=True)] for name, size in _files(folder).items()}
+  found = _files(folder)
+  with _pool(THREADS) as pool:
+    digests = pool.map(lambda name: digest(folder / name, is_synced=True), found)
+    files = {name: [size, value] for (name, size), value in zip(found.items(), digests, strict=True)}
   for inner in {folder, folder.parent, *((folder / name).parent for name in files)}:
     _sync_folder(inner)
   record = {'step': step, 'files': files}
@@ -63,7 +67,10 @@ def problems(folder, path, step, *, items=(), threads=THREADS):
     return [record]
   is_wanted = lambda name: not items or '/' not in name or name.split('/')[0] in items
   want = {name: values for name, values in record['files'].items() if is_wanted(name)}
-  have = {name: size for name, size in _files(folder).items() if is_wanted(name)}
+  try:
+    have = {name: size for name, size in _files(folder).items() if is_wanted(name)}
+  except OSError as error:
+    return [f'{error.filename}: cannot be read ({error.strerror})']
   found = [f'{name}: missing' for name in want if name not in have]
   found += [f'{name}: is not in the manifest' for name in have if name not in want]
   for name, (size, _) in want.items():
@@ -122,7 +129,7 @@ def _differing(folder, want, title, threads):
     # None switches the bar off where there is no terminal.
     bar = tqdm(total=total, unit='B', unit_scale=True, desc=title, delay=PATIENCE, leave=False, disable=None)
     at_end.callback(bar.close)
-    pool = at_end.enter_context(concurrent.futures.ThreadPoolExecutor(min(threads, os.cpu_count() or 1)))
+    pool = at_end.enter_context(_pool(threads))
 
     def done(count):
       with lock:
@@ -138,11 +145,17 @@ def _differing(folder, want, title, threads):
     return [text for text in pool.map(wrong, want) if text]
 
 
+def _pool(threads):
+  return concurrent.futures.ThreadPoolExecutor(min(threads, os.cpu_count() or 1))
+
+
 def _files(folder):
   """{path within a folder: bytes} of all files, sorted."""
   found = {}
   for parent, _, names in os.walk(folder):
     for name in names:
+      if name.startswith(LEFT):
+        continue
       path = os.path.join(parent, name)
       found[os.path.relpath(path, folder).replace(os.sep, '/')] = os.lstat(path).st_size
   return dict(sorted(found.items()))

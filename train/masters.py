@@ -54,3 +54,16 @@ def keep(tx, params):
     return updates | steps, State(masters, inner)
 
   return optax.GradientTransformation(init, update)
+
+
+def of(state, params):
+  """The parameters that an optimizer moves, none of them rounded.
+
+  Args:
+    state: of the transformation that `keep` gave, after a step.
+    params: {path: array}, the trained ones after the same step.
+
+  Returns:
+    {path: array}: float32 copies where `state` has them, else the parameters themselves.
+  """
+  return {**params, **state.masters} if isinstance(state, State) else params

@@ -16,9 +16,11 @@ The train lines of a run cover each step once, also after a stop or a crash: wha
 cut off.
 """
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 
@@ -42,33 +44,34 @@ class Writer:
     self._file = self._board = None
     if not is_on:
       return
-    lines = list(_lines_up_to(workdir / workdirs.METRICS, step))
-    for line in lines:
-      self._count(json.loads(line))
-    temporary = workdir / f'.{workdirs.METRICS}.tmp'
-    temporary.write_text(''.join(lines), encoding='utf-8')
-    os.replace(temporary, workdir / workdirs.METRICS)
-    self._file = open(workdir / workdirs.METRICS, 'a', encoding='utf-8')  # noqa: SIM115 - closed by close()
+    path = workdir / workdirs.METRICS
+    records, damaged = _records_up_to(path, step)
+    if damaged:
+      kept = path.with_suffix('.damaged.jsonl')
+      shutil.copy(path, kept)
+      print(f'{path}: {damaged} lines are damaged and left out; the file as it was is {kept.name}', flush=True)
+    for record in records:
+      self._count(record)
+    workdirs.write_whole(path, ''.join(json.dumps(record) + '\n' for record in records))
+    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115 - closed by close()
     if has_tensorboard:
-      import tensorboardX  # takes seconds where torch is installed, which it then imports
-
-      self._board = tensorboardX.SummaryWriter(str(workdir / 'tb'), purge_step=step + 1 if step else None)
+      self._board = _Board(workdir / 'tb', step)
 
   def write(self, kind, step, values):
-    """Appends a line, at once on disk."""
+    """Appends a line, which the system has at once."""
     record = {'kind': kind, 'step': step, **values}
     self._count(record)
     if self._file:
       self._file.write(json.dumps(record) + '\n')
       self._file.flush()
-    for name, value in values.items():
-      if self._board and isinstance(value, int | float) and not isinstance(value, bool):
-        self._board.add_scalar(f'{kind}/{name}', value, step)
+    if self._board:
+      self._board.add(kind, step, values)
 
   def close(self):
     """Closes both; a checkpoint that is taken up later continues them."""
     if self._file:
-      self._file.close()
+      with contextlib.suppress(OSError):  # of a line that could not be written, which has been raised
+        self._file.close()
     if self._board:
       self._board.close()
 
@@ -80,18 +83,67 @@ class Writer:
       self.evaluated = record['step']
 
 
-def _lines_up_to(path, step):
-  """The whole lines of records up to a step."""
+class _Board:
+  """TensorBoard's file. It must not stop a run: where it cannot be written to, a line says so, once.
+
+  Events are written by the thread that has them: the queue of tensorboardX.SummaryWriter, which a thread empties that
+  ends with its first error, would hold a run up for ever.
+  """
+
+  def __init__(self, folder, step):
+    import tensorboardX  # takes seconds where torch is installed, which it then imports
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2
+
+    self._folder, self._scalar, self._event = folder, tensorboardX.summary.scalar, event_pb2.Event
+    self._file = None
+    with self._told():
+      folder.mkdir(exist_ok=True)
+      self._file = event_file_writer.EventsWriter(str(folder / 'events'))
+      if step:  # what was written beyond a checkpoint is hidden
+        started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(event_pb2.Event(step=step + 1, wall_time=time.time(), session_log=started))
+
+  def add(self, kind, step, values):
+    """Writes the numbers among some values, at once."""
+    if self._file:
+      with self._told():
+        for name, value in values.items():
+          if isinstance(value, int | float) and not isinstance(value, bool):
+            summary = self._scalar(f'{kind}/{name}', value)
+            self._file.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
+        self._file.flush()
+
+  def close(self):
+    """Closes the file."""
+    if self._file:
+      with self._told():
+        self._file.close()
+
+  @contextlib.contextmanager
+  def _told(self):
+    try:
+      yield
+    except OSError as error:
+      self._file = None
+      print(f'{self._folder}: {error.strerror}; the run goes on without TensorBoard', file=sys.stderr, flush=True)
+
+
+def _records_up_to(path, step):
+  """(records up to a step, number of damaged lines); an unfinished last line, as a crash leaves it, is none."""
   if not path.exists():
-    return
-  with open(path, encoding='utf-8') as file:
-    for line in file:
-      try:
-        record = json.loads(line)
-      except ValueError:
-        return  # torn by a crash: it was the last
-      if line.endswith('\n') and record['step'] <= step:
-        yield line
+    return [], 0
+  records, damaged = [], 0
+  *lines, _ = path.read_bytes().split(b'\n')
+  for line in lines:
+    try:
+      record = json.loads(line)
+      is_wanted = record['step'] <= step and isinstance(record['kind'], str)
+    except (ValueError, TypeError, KeyError):
+      damaged += 1
+    else:
+      records += [record] * is_wanted
+  return records, damaged
 
 
 class Window:

@@ -6,17 +6,17 @@ from typing import NamedTuple
 import optax
 from optax import contrib
 
+from models import state as model_state
 from train import masters
 from train.config import UserError
 
 # Regular expressions of whole paths. Scanned layers stack scales into matrices, so the number of axes cannot tell.
-DECAYED = r'(.*\.)?(kernel|table)'
-MATRICES = r'(.*\.)?(kernel|table|lora_[ab])'  # what Muon can be asked for
+MATRICES = r'(.*\.)?(kernel|table|lora_[ab])'  # what decays, and what Muon can be asked for
 ADAPTERS = r'(.*\.)?lora_[ab]'
 # What Muon takes by itself: maps from hidden states to hidden states. Embedding and head are maps from and to tokens,
-# each of which has its own row or column. A factor of an adapter is not the map it is added to: that all singular
-# values of its step are equal says nothing about those of the step of the product.
-HIDDEN = r'blocks\..*\.kernel'
+# each of which has its own row or column, and routers are maps to experts. A factor of an adapter is not the map it is
+# added to: that all singular values of its step are equal says nothing about those of the step of the product.
+HIDDEN = r'blocks\.(?!.*\.router\.).*\.kernel'
 
 
 class Plan(NamedTuple):
@@ -62,8 +62,8 @@ def trainable(config, model_config, paths):
   """The paths of the parameters that are trained; the rest is frozen.
 
   Args:
-    config: OptimizerConfig. Its `trainable` is a regular expression of whole paths; '' means all, or with adapters only
-      these.
+    config: OptimizerConfig. Its `trainable` is a regular expression of whole paths of the unscanned model; '' means
+      all, or with adapters only these.
     model_config: DecoderConfig.
     paths: of all parameters.
 
@@ -71,47 +71,63 @@ def trainable(config, model_config, paths):
     List, in the order of `paths`.
 
   Raises:
-    UserError: the expression is none, or matches no path.
+    UserError: the expression is none, matches no path, tells layers apart that are stacked, or leaves all adapters out.
   """
   paths = list(paths)
-  if config.trainable:
-    found = _matching('optimizer.trainable', config.trainable, paths)
-    if not found:
-      raise UserError(
-        f'optimizer.trainable={config.trainable!r} matches no parameter: expected a regular expression that whole '
-        f'paths match, such as {paths[0]}'
-      )
-    return found
-  return [path for path in paths if re.fullmatch(ADAPTERS, path)] if model_config.adapter_rank else paths
+  adapters = [path for path in paths if re.fullmatch(ADAPTERS, path)] if model_config.adapter_rank else []
+  if not config.trainable:
+    return adapters or paths
+  name = 'optimizer.trainable'
+  found = _matching(name, config.trainable, paths, model_config)
+  if not found:
+    raise UserError(
+      f'{name}={config.trainable!r} matches no parameter: expected a regular expression that whole paths match, such '
+      f'as {_unscanned(paths[0], model_config)[0]}'
+    )
+  if adapters and not {*found} & {*adapters}:
+    raise UserError(
+      f'{name}={config.trainable!r} matches no adapter, such as {_unscanned(adapters[0], model_config)[0]}: expected '
+      f'some of them to be trained with model.adapter_rank={model_config.adapter_rank}, or model.adapter_rank=0'
+    )
+  return found
 
 
-def plans(config, params):
+def plans(config, params, model_config=None):
   """How each parameter is optimized.
 
   The first group that matches a path counts. Where it names no method, and where no group matches, optimizer.method
-  does; 'muon' then means Muon for the kernels inside layers and AdamW for embeddings, head, scales, biases, sinks and
-  adapters. A group that says 'muon' itself gets Muon for all it matches. Kernels and tables decay.
+  does; 'muon' then means Muon for the kernels inside layers and AdamW for embeddings, head, scales, biases, sinks,
+  routers and adapters. A group that says 'muon' itself gets Muon for all it matches. Matrices decay: kernels, tables
+  and adapters.
 
   Args:
     config: OptimizerConfig.
     params: {path: array or ShapeDtypeStruct} of the trainable parameters.
+    model_config: DecoderConfig; expressions are matched with the paths of its unscanned form. None means that `params`
+      are of an unscanned model.
 
   Returns:
     {path: Plan}, in the order of `params`.
 
   Raises:
-    UserError: a group whose expression is none, or matches no parameter that an earlier group leaves; 'muon' for a
-      parameter that is no matrix.
+    UserError: a group whose expression is none, matches no parameter that an earlier group leaves, or tells layers
+      apart that are stacked; 'muon' for a parameter that is no matrix; a factor on the decay of what never decays.
   """
   left, of = list(params), {}
   for i, group in enumerate(config.groups):
     name = f'optimizer.groups[{i}]'
-    found = _matching(f'{name}.match', group.match, left)
+    found = _matching(f'{name}.match', group.match, left, model_config)
     if not found:
-      is_late = bool(_matching(name, group.match, params))
+      is_late = bool(_matching(f'{name}.match', group.match, params, model_config))
       raise UserError(
         f'{name}.match={group.match!r} matches no trainable parameter{" that an earlier group leaves" * is_late}: '
-        f'expected a regular expression that whole paths match, such as {next(iter(left or params))}'
+        'expected a regular expression that whole paths match, such as '
+        f'{_unscanned(next(iter(left or params)), model_config)[0]}'
+      )
+    if group.decay != 1 and not any(re.fullmatch(MATRICES, path) for path in found):
+      raise UserError(
+        f'{name}.decay={group.decay} has no effect on {_unscanned(found[0], model_config)[0]}: only matrices decay; '
+        f'expected a match={group.match!r} of some matrices, or decay=1'
       )
     if group.method == 'muon':
       for path in found:
@@ -128,28 +144,50 @@ def plans(config, params):
 
 def _plan(path, asked, default, rate, decay):
   usual = 'muon' if default == 'muon' and re.fullmatch(HIDDEN, path) else 'adamw'
-  return Plan(asked or usual, rate, decay if re.fullmatch(DECAYED, path) else 0.0)
+  return Plan(asked or usual, rate, decay if re.fullmatch(MATRICES, path) else 0.0)
 
 
-def _matching(name, expression, paths):
-  """The paths that an expression matches as a whole; UserError with the field's name if it is none."""
+def _matching(name, expression, paths, model_config):
+  """The paths that an expression matches, each as a whole and as it is in the unscanned model.
+
+  Raises:
+    UserError: it is none, or matches some layers of a stack and not others; names the field.
+  """
   try:
     pattern = re.compile(expression)
   except re.error as error:
     raise UserError(f'{name}={expression!r}: expected a regular expression ({error})') from error
-  return [path for path in paths if pattern.fullmatch(path)]
+  found = []
+  for path in paths:
+    layers = _unscanned(path, model_config)
+    matched = [layer for layer in layers if pattern.fullmatch(layer)]
+    if matched and len(matched) < len(layers):
+      other = next(layer for layer in layers if layer not in matched)
+      raise UserError(
+        f'{name}={expression!r} matches {matched[0]} and not {other}: expected both or neither with model.scan=True, '
+        'which stacks them, or model.scan=False'
+      )
+    if matched:
+      found.append(path)
+  return found
 
 
-def make(config, steps, params):
+def _unscanned(path, model_config):
+  """The paths of a parameter in the unscanned model: one, or those of all layers that are stacked."""
+  return [layer for _, layer in model_state.apart(path, model_config)] if model_config else [path]
+
+
+def make(config, steps, params, model_config=None):
   """The optax transformation of an OptimizerConfig.
 
       g <- g min(1, clip_norm / |g|)                                  |g| over all trainable parameters
-      p <- p - lr(n) rate (u(g) + weight_decay decay p)               decay 0 but for kernels and tables
+      p <- p - lr(n) rate (u(g) + weight_decay decay p)               decay 0 but for matrices
 
   With method 'adamw', u is m' / (sqrt(v') + eps), the means of g and g^2 without their bias. With 'muon' it is
-  0.2 sqrt(max(in, out)) NS(m'), with m' Nesterov's momentum and NS five Newton-Schulz iterations, which bring all
-  singular values near 1. Each matrix of a stack (repeats of scanned layers, experts) is taken by itself. The factor
-  gives the update the root mean square that AdamW's usually has, so that learning rate and weight decay carry over.
+  0.2 sqrt(max(in, out)) NS(m'), with m' Nesterov's momentum without its bias (optax corrects it as that of Adam) and NS
+  five Newton-Schulz iterations, which bring all singular values near 1. Each matrix of a stack (repeats of scanned
+  layers, experts) is taken by itself. The factor gives the update the root mean square that AdamW's usually has, so
+  that learning rate and weight decay carry over.
 
   A parameter narrower than float32 is the rounding of a float32 copy in the state: see train.masters.
 
@@ -157,6 +195,7 @@ def make(config, steps, params):
     config: OptimizerConfig.
     steps: of the whole run.
     params: {path: array or ShapeDtypeStruct} of the trainable parameters.
+    model_config: see `plans`.
 
   Returns:
     optax.GradientTransformation for dictionaries with these paths. All of its state that is as large as parameters is
@@ -167,7 +206,7 @@ def make(config, steps, params):
 
   Source: AdamW arXiv:1711.05101; Muon https://kellerjordan.github.io/posts/muon/, its scale arXiv:2502.16982.
   """
-  plan = plans(config, params)
+  plan = plans(config, params, model_config)
   methods = {'adamw': lambda _: optax.scale_by_adam(config.b1, config.b2, config.eps), 'muon': _muon(config.momentum)}
   parts = [_by_method(methods, plan), _decayed(config.weight_decay, plan)]
   parts += [optax.scale_by_learning_rate(schedule(config, steps)), _rated(plan)]

@@ -7,13 +7,22 @@
   --workdir  the folder of the run, which finds them there; not needed with --config.data.prepared
   --config.data.source=more.jsonl, --config.data.tokenizer=DIR, ...   change single fields (train.main --help)
 
-A preparation that was stopped goes on where it was. Tokens that are there already are checked, and told.
+A preparation that was stopped or killed looks through all files again, which finds what is bad and held out, then goes
+on making tokens behind the last 64 MB or so that are on disk. Tokens that are there already are checked, and told.
 
-Exit status: 0 done; 2 a setting, file or folder does not fit; 130 stopped by Ctrl-C.
+Exit status: 0 done; 2 a setting, file or folder does not fit; 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import inspect
+import os
+import signal
 import sys
+
+if __name__ == '__main__':
+  # The imports take seconds. SIGTERM ends the process at any time: every file is whole, or known not to be.
+  signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+  said = b'prepare: stopped by SIGTERM; the same command goes on\n'
+  signal.signal(signal.SIGTERM, lambda *_: os.write(2, said) and os._exit(143))
 
 from absl import app, flags
 
@@ -25,6 +34,7 @@ from train.data import corpus as corpora, store
 def main(argv):
   """Prepares; every expected failure is one line on stderr and an exit status."""
   try:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if len(argv) > 1:
       raise UserError(f'{argv[1]!r}: expected only flags')
     config, workdir = configs.load(flags.FLAGS.config), flags.FLAGS.workdir
@@ -38,7 +48,7 @@ def main(argv):
     print(f'prepare: {error}', file=sys.stderr, flush=True)
     return 2
   except KeyboardInterrupt:
-    print('prepare: stopped; the same command goes on where it was', file=sys.stderr, flush=True)
+    print('prepare: stopped; the same command goes on', file=sys.stderr, flush=True)
     return 130
   print(table(corpus), flush=True)
   return 0
@@ -75,7 +85,7 @@ def parse(argv):
   if any(arg in ('--help', '-h', '-help', '--helpshort', '--helpfull') for arg in argv[1:]):
     print(inspect.cleandoc(__doc__ or ''))
     sys.exit(0)
-  return mains.parse(argv)
+  return mains.parse(argv, 'prepare')
 
 
 if __name__ == '__main__':

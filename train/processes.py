@@ -9,8 +9,10 @@ import atexit
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -24,7 +26,8 @@ from train import interrupt
 from train.config import UserError
 
 HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as gone
-GONE = 4  # exit status when another process is gone
+JOIN_SECONDS = 120.0  # that a process waits for the others to begin
+GONE = 4  # exit status when another process is gone, or does not come
 _POLL_MS = 200
 _FAREWELL = 3.0  # seconds that process 0 waits for the others to hear why the run ends
 _LOST = re.compile('gloo|unavailable|deadline_exceeded|aborted|connection|heartbeat|coordination', re.I)
@@ -38,6 +41,8 @@ class Elsewhere(RuntimeError):
 def join(coordinator='', count=0, index=-1, *, heartbeat_seconds=HEARTBEAT):
   """Joins the other processes of a run, before anything else is asked of jax.
 
+  Ends the process with GONE if they are not all there within JOIN_SECONDS. A signal meanwhile ends this one alone.
+
   Args:
     coordinator: host:port of process 0; '' lets jax find it on a cluster, as it does the others.
     count: processes; 0 lets jax find it.
@@ -45,11 +50,20 @@ def join(coordinator='', count=0, index=-1, *, heartbeat_seconds=HEARTBEAT):
     heartbeat_seconds: after which a process that hangs or is gone ends the others.
 
   Raises:
-    UserError: a setting is missing or the others cannot be reached.
+    UserError: a setting is missing or cannot be.
   """
   global _listener
   if heartbeat_seconds < 1:
     raise UserError(f'--heartbeat_seconds={heartbeat_seconds}: expected 1 or more')
+  host, _, port = coordinator.rpartition(':')
+  if coordinator and not (host and port.isascii() and port.isdigit()):
+    raise UserError(f'--coordinator={coordinator}: expected host:port')
+  late = f'{{}} after {JOIN_SECONDS:.0f} s; start all processes of the run again'
+  if coordinator and index > 0 and not _answers(host.strip('[]'), int(port)):
+    interrupt.leave(late.format(f'process 0 does not answer at {coordinator}'), GONE)
+  alone = threading.Timer(JOIN_SECONDS, interrupt.leave, (late.format('not all processes have joined'), GONE))
+  alone.daemon = True
+  alone.start()
   jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
   try:
     jax.distributed.initialize(
@@ -57,9 +71,12 @@ def join(coordinator='', count=0, index=-1, *, heartbeat_seconds=HEARTBEAT):
       num_processes=count or None,
       process_id=index if index >= 0 else None,
       heartbeat_timeout_seconds=heartbeat_seconds,
+      initialization_timeout=math.ceil(2 * JOIN_SECONDS),  # then jax aborts with its stacks, so not before
     )
   except (RuntimeError, ValueError) as error:
     raise UserError(f'--distributed: cannot join the other processes ({_first_line(error)})') from error
+  finally:
+    alone.cancel()
   if faulthandler.is_enabled():
     faulthandler.enable(all_threads=False)  # jax aborts when another process hangs: stacks would bury its words
   _listener = _Listener()
@@ -156,23 +173,34 @@ def end(message, status):
   """Ends this process with a line on stderr and an exit status, and all others of the run with the same."""
   _say(message)
   if _listener:
-    with contextlib.suppress(Exception):  # the others may be gone
-      told = {'process': jax.process_index(), 'message': str(message), 'status': status}
-      with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
-        _client().key_value_set(f'{_ROOT}/failed', json.dumps(told))
-      _farewell(_client())
+    teller = threading.Thread(target=_tell, args=(str(message), status), daemon=True)
+    teller.start()
+    teller.join(2 * _FAREWELL)  # process 0 may hang
   sys.stdout.flush()
   os._exit(status)
 
 
+def _tell(message, status):
+  """Tells the others that this process ends."""
+  with contextlib.suppress(Exception):  # the others may be gone
+    told = {'process': jax.process_index(), 'message': message, 'status': status}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+      _client().key_value_set(f'{_ROOT}/failed', json.dumps(told))
+    _farewell(_client())
+
+
 def end_of(error):
   """Ends the processes of a run for an error that nobody expected: one of another process if it looks like that."""
-  is_lost = bool(_LOST.search(str(error)))
-  if not is_lost:
+  if not is_lost(error):
     traceback.print_exception(error)
     end(f'{type(error).__name__}: {_first_line(error)}', 1)
   time.sleep(1.0)  # the listener may hear why, and then ends this process
   end(f'another process of this run is gone ({_first_line(error)}); {_AGAIN}', GONE)
+
+
+def is_lost(error):
+  """Whether an error is one of jax that tells that another process of this run is gone."""
+  return is_joined() and isinstance(error, jax.errors.JaxRuntimeError) and bool(_LOST.search(str(error)))
 
 
 def is_joined():
@@ -241,6 +269,18 @@ def _farewell(client):
       if len(client.key_value_dir_get(f'{_ROOT}/known/')) == jax.process_count():
         break
       time.sleep(0.02)
+
+
+def _answers(host, port):
+  """Whether something listens at a port within JOIN_SECONDS."""
+  until = time.monotonic() + JOIN_SECONDS
+  while time.monotonic() < until:
+    try:
+      socket.create_connection((host, port), timeout=1.0).close()
+      return True
+    except OSError:
+      time.sleep(0.1)
+  return False
 
 
 def _client():

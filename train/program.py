@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from models import state as model_state
+from models import adapters, state as model_state
 from train import distill, loss, optimizer, sharding, state as states, step as steps
+from train.config import UserError
 
 
 class Program(NamedTuple):
@@ -48,11 +49,11 @@ class Program(NamedTuple):
     """The State before the first step, in its place.
 
     Args:
-      given: {path: array in its place}, parameters that are not to be random.
+      given: {path: array in its place}, parameters that are not to be random; they are donated.
     """
     given = given or {}
     placed = ({path: self.placed.params[path] for path in given},)
-    return jax.jit(self.init, in_shardings=placed, out_shardings=self.placed)(given)
+    return jax.jit(self.init, in_shardings=placed, out_shardings=self.placed, donate_argnums=0)(given)
 
   def batch_shapes(self):
     """{name: shape, dtype and placement} of a training batch."""
@@ -77,10 +78,13 @@ def make(config, mesh, teacher=None):
     UserError: rows, parameters or expressions that do not fit.
   """
   sharding.check_batch(config, mesh)
-  train, graph = config.train, model_state.graph(config.model)
-  shapes = model_state.abstract_params(config.model)
-  trainable = optimizer.trainable(config.optimizer, config.model, list(shapes))
-  tx = optimizer.make(config.optimizer, train.steps, {path: shapes[path] for path in trainable})
+  train = config.train
+  try:
+    graph, shapes = model_state.graph(config.model), model_state.abstract_params(config.model)
+  except ValueError as error:  # such as model.adapter_match, which needs the paths of what is made
+    raise UserError(f'model: {error}') from error
+  trainable = _trainable(config, list(shapes))
+  tx = optimizer.make(config.optimizer, train.steps, {path: shapes[path] for path in trainable}, config.model)
   init = states.initializer(config.model, tx, config.seed, trainable, has_ema=bool(train.ema_decay))
   abstract = jax.eval_shape(init)
   placed = states.shardings(abstract, mesh)
@@ -103,9 +107,7 @@ def make(config, mesh, teacher=None):
     may_skip=bool(train.skip_nonfinite),
   )
   extra = () if teacher is None else (teacher.placed,)
-  train_step = jax.jit(
-    step, donate_argnums=0, in_shardings=(placed, by_rows, *extra), out_shardings=(placed, whole)
-  )
+  train_step = jax.jit(step, donate_argnums=0, in_shardings=(placed, by_rows, *extra), out_shardings=(placed, whole))
   eval_step = jax.jit(
     steps.evaluator(graph, loss_chunk=train.loss_chunk), in_shardings=(placed.params, by_rows), out_shardings=whole
   )
@@ -116,3 +118,14 @@ def make(config, mesh, teacher=None):
   return Program(
     config, mesh, graph, trainable, init, abstract, placed, by_rows, whole, train_step, eval_step, is_finite, also
   )
+
+
+def _trainable(config, paths):
+  """The paths of the trained parameters; UserError if they are the adapters of a model that knows nothing."""
+  found = optimizer.trainable(config.optimizer, config.model, paths)
+  if not config.train.init_from and all(path.endswith(adapters.NAMES) for path in found):
+    raise UserError(
+      f"train.init_from='' with model.adapter_rank={config.model.adapter_rank}: only adapters would be trained, beside "
+      'random parameters; expected the folder of a run or of a checkpoint, or an optimizer.trainable of more'
+    )
+  return found

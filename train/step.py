@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from models import state as model_state
-from train import ema as averages, loss, state as states
+from train import ema as averages, loss, masters, state as states
 
 
 def trainer(sums_of, tx, schedule, *, trainable=None, accumulate=1, ema_decay=0.0, may_skip=False):
@@ -58,7 +58,7 @@ def trainer(sums_of, tx, schedule, *, trainable=None, accumulate=1, ema_decay=0.
     norm, done = optax.tree.norm(grads), state.step - state.skipped
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     new = optax.apply_updates(trained, updates)
-    ema = averages.update(state.ema, new, done, ema_decay) if ema_decay else state.ema
+    ema = averages.update(state.ema, masters.of(opt_state, new), done, ema_decay) if ema_decay else state.ema
     is_good, skipped = jnp.isfinite(sums['objective']) & jnp.isfinite(norm), state.skipped
     if may_skip:
       is_good &= is_finite(new)

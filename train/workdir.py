@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 
 from train import config as configs
 from train.config import UserError
@@ -54,7 +55,7 @@ def check(workdir, config):
       shown = ', '.join(others[:3]) + (f' and {len(others) - 3} more' if len(others) > 3 else '')
       raise UserError(f'workdir {workdir}: expected a new or empty folder or a run, found {shown}; nothing was changed')
     return None
-  stored = read_json(workdir / CONFIG)
+  stored = read_json(workdir / CONFIG, ('config', 'corpus_hash'))
   changed = configs.differences(stored['config'], configs.to_dict(config))
   if changed:
     raise UserError(
@@ -80,13 +81,14 @@ def finished(workdir, stored, config):
   """The contents of result.json if it is of all steps of `config`, evaluated as it says, else None."""
   if not stored or not (workdir / RESULT).exists():
     return None
-  result = read_json(workdir / RESULT)
+  result = read_json(workdir / RESULT, ('steps',))
   is_same = result['steps'] == config.train.steps and result.get('eval_stride', 0) == config.eval.stride
-  return result if is_same else None
+  # Files that have moved are compared first, see `check_corpus`.
+  return result if is_same and not configs.moved(stored['config'], configs.to_dict(config)) else None
 
 
 def check_corpus(workdir, stored, corpus):
-  """Refuses to go on with another text than the run began with.
+  """Refuses to go on with another text or other tokens than the run began with; what was prepared for it goes.
 
   Args:
     workdir: absolute path.
@@ -94,27 +96,67 @@ def check_corpus(workdir, stored, corpus):
     corpus: Corpus as it is now.
 
   Raises:
-    UserError: the hash differs; the message names files that differ.
+    UserError: a hash differs; the message names files that differ.
   """
-  if not stored or stored['corpus_hash'] == corpus.hash:
+  if not stored:
     return
-  contents = lambda record: {name: rest for name, _, *rest in record['files']}
-  now = contents(corpus.record())
-  before = contents(read_json(workdir / CORPUS)) if (workdir / CORPUS).exists() else {}
+  begun = read_json(workdir / CORPUS, ('files',)) if (workdir / CORPUS).exists() else {'files': []}
+  if stored['corpus_hash'] == corpus.hash and begun.get('tokens', corpus.tokens) == corpus.tokens:
+    return
+  if corpus.is_new:
+    shutil.rmtree(corpus.folder)
+  if stored['corpus_hash'] == corpus.hash:
+    raise UserError(
+      f'workdir {workdir}: the tokens of the same text are others than when the run began, as of another version '
+      'of the package tokenizers. Going on would mix two corpora: install the version that the run began with, and '
+      'the same command goes on; or choose another workdir'
+    )
+  contents = lambda record: {path if side != 'tokenizer' else side: rest for path, side, *rest in record['files']}
+  now, before = contents(corpus.record()), contents(begun)
   different = [name for name in sorted({*now, *before}) if now.get(name) != before.get(name)]
+  raise other_text(workdir, different, f' (hash {stored["corpus_hash"][:12]}, now {corpus.hash[:12]})')
+
+
+def other_text(workdir, different, how=''):
+  """The UserError of a run whose text is another one now, with the names of the files that differ."""
   shown = ', '.join(different[:5]) + (f' and {len(different) - 5} more' if len(different) > 5 else '')
-  raise UserError(
-    f'workdir {workdir}: the text has changed since the run began (hash {stored["corpus_hash"][:12]}, now '
-    f'{corpus.hash[:12]}): {shown}. Going on would mix two corpora: restore the files, or choose another workdir'
+  return UserError(
+    f'workdir {workdir}: the text has changed since the run began{how}: {shown}. Going on would mix two corpora: '
+    'restore the files, and the same command goes on; or choose another workdir'
   )
 
 
-def write_run(workdir, config, corpus, parameters):
+def check_models(workdir, stored, found):
+  """Refuses to go on with another teacher than the run began with.
+
+  Args:
+    workdir: absolute path.
+    stored: contents of config.json, or None for a new run.
+    found: {setting: what train.initial.identity says of its folder} of those that are read now.
+
+  Returns:
+    The same of all that the run has read since it began.
+
+  Raises:
+    UserError: the contents of a folder differ.
+  """
+  begun = (stored or {}).get('models', {})
+  for name, identity in found.items():
+    if begun.get(name, identity) != identity:
+      raise UserError(
+        f'workdir {workdir}: what {name} names has changed since the run began: expected the model it began with, '
+        'or another workdir'
+      )
+  return {**found, **begun}
+
+
+def write_run(workdir, config, corpus, parameters, models):
   """Writes config.json, then corpus.json if it is not there."""
   values = {
     'config': configs.to_dict(config),
     'corpus_hash': corpus.hash,
     'parameters': parameters,
+    'models': models,
     'python': platform.python_version(),
   }
   write_json(workdir / CONFIG, values)
@@ -147,23 +189,30 @@ def lock(workdir):
 
 
 def write_json(path, values):
+  """Writes a file of JSON that is there whole or not at all."""
+  write_whole(path, json.dumps(values, indent=1) + '\n')
+
+
+def write_whole(path, text):
   """Writes a file that is there whole or not at all."""
   temporary = path.with_name(_temporary(path.name))
   with open(temporary, 'w', encoding='utf-8') as file:
-    json.dump(values, file, indent=1)
-    file.write('\n')
+    file.write(text)
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
 
 
-def read_json(path):
-  """The contents of a JSON file of a run."""
+def read_json(path, names=()):
+  """The contents of a JSON file of a run, an object that has at least the entries `names`."""
   try:
     with open(path, encoding='utf-8') as file:
-      return json.load(file)
+      found = json.load(file)
   except (OSError, ValueError) as error:
     raise UserError(f'{path}: expected a JSON file of a run, cannot read it ({error})') from error
+  if not isinstance(found, dict) or not all(name in found for name in names):
+    raise UserError(f'{path}: expected a JSON file of a run, an object with {", ".join(names) or "entries"}')
+  return found
 
 
 def _temporary(name):

@@ -1,12 +1,13 @@
 """models.size against the parameters of real models, dense masks, and the compiler's count."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from models import decoder, size
+from models import decoder, size, state as model_state
 from models.config import DecoderConfig, LayerSpec
 from tests.models import small
 
@@ -63,9 +64,50 @@ def test_flops_of_a_step_by_hand():
   assert size.flops_per_token(config, 3) == forward
   assert size.step_flops_per_token(config, 3) == 3 * forward
   trained = [f'blocks.0.mlp.{name}.kernel' for name in ('up', 'down')]
-  assert size.step_flops_per_token(config, 3, trained) == 3 * forward - 2 * (attention + output)
+  # Own gradients of both; of what they are multiplied with, those of `down` and of the output.
+  assert size.step_flops_per_token(config, 3, trained) == forward + 2 * mlp + mlp + 2 * output
+  assert size.step_flops_per_token(config, 3, ['norm.scale']) == forward + 2 * output
+  assert size.step_flops_per_token(config, 3, ['embed.table']) == 3 * forward - 2 * (attention + mlp)
+  assert size.step_flops_per_token(config, 3, []) == forward
+  mixer = 2 * attention + pairs
+  assert size.mixer_flops_per_token(config, 3, [0], ['blocks.0.mixer.o.kernel']) == mixer + attention // 2
+  assert size.mixer_flops_per_token(config, 3, [0], trained) == mixer
+  # All but what reaches below q, k and v, for which nothing is trained.
+  assert size.mixer_flops_per_token(config, 3, [0]) == 3 * mixer - 2 * 3 * 8 * 8
   adapted = dataclasses.replace(config, adapter_rank=2)
   assert size.flops_per_token(adapted, 3) == forward + 2 * 4 * (8 * 2 + 2 * 8)
+
+
+@pytest.mark.parametrize(
+  'match, changes',
+  [
+    pytest.param('.*', {}, marks=pytest.mark.long),
+    pytest.param('head.*', {}, marks=pytest.mark.long),
+    pytest.param(r'embed\.table', {}, marks=pytest.mark.long),
+    pytest.param(r'blocks\.3\..*', {}, marks=pytest.mark.long),
+    (r'blocks\.1\.mlp\.down\.kernel', {}),
+    (r'.*\.o\.kernel|norm\.scale', {'scan': True}),
+    (r'.*\.lora_.', {'adapter_rank': 16}),
+  ],
+)
+def test_flops_of_a_step_near_the_compilers_count(match, changes):
+  """Of what is left of a gradient when all that nobody needs is gone; scanned layers are compiled apart."""
+  T, B = 8, 4
+  common = {'width': 64, 'depth': 4, 'mlp_width': 192, 'vocab': 128, 'tied_embeddings': False, 'mlp': 'relu2'}
+  config = small.config(**common, **changes)
+  apart = dataclasses.replace(config, scan=False)
+  graph, shapes = model_state.graph(apart), model_state.abstract_params(apart)
+  trained = {path: x for path, x in shapes.items() if re.fullmatch(match, path)}
+
+  def of(trained, frozen, x):
+    return model_state.merge(graph, {**frozen, **trained})(x).mean()
+
+  tokens = jax.ShapeDtypeStruct((B, T), np.int32)
+  frozen = {path: x for path, x in shapes.items() if path not in trained}
+  compiled = jax.jit(jax.grad(of)).lower(trained, frozen, tokens).compile()
+  mine = [path for path in model_state.abstract_params(config) if re.fullmatch(match, path)]
+  got, want = size.step_flops_per_token(config, T, mine), compiled.cost_analysis()['flops'] / (B * T)
+  assert 0.87 * want < got < 1.03 * want, got / want
 
 
 def test_of_experts_those_count_that_are_used():

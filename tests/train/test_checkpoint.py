@@ -1,10 +1,13 @@
 """train.checkpoint with a State of a few arrays: what comes back, what is refused, and a disk that is full."""
 
 import errno
-import json
+import io
 import os
 import pathlib
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
 
 import jax
@@ -13,9 +16,10 @@ import numpy as np
 import pytest
 
 from tests.train import tiny
-from train import checkpoint, config as configs, manifest, state as states, workdir as workdirs
+from train import checkpoint, config as configs, manifest, processes, state as states, workdir as workdirs
 from train.config import CheckpointConfig, UserError
 
+ROOT = pathlib.Path(__file__).parents[2]
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -83,12 +87,18 @@ def test_no_checkpoint_is_a_start(tmp_path):
   assert restored(tmp_path) == (0, None, None)
 
 
-def test_a_saved_state_may_be_overwritten(tmp_path):
+def test_a_saved_state_may_be_overwritten(tmp_path, monkeypatch):
   double = jax.jit(lambda x: jax.tree.map(lambda y: y * 2, x), donate_argnums=0)
   with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saved:
     now, at = state(1), place(1)
+    real = saved._orbax.save
+
+    def save(*args, **options):  # as if Orbax came to it only after the iterator has gone on
+      at.state['next_index'] = 7
+      real(*args, **options)
+
+    monkeypatch.setattr(saved._orbax, 'save', save)
     saved.save(1, now, at)
-    at.state['next_index'] = 7
     for _ in range(5):
       now = double(now)
   assert_is(restored(tmp_path), 1)
@@ -154,10 +164,20 @@ def test_saving_does_not_wait_for_the_manifest(tmp_path, monkeypatch):
   with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as saved:
     saved.save(1, state(1), place(1))
     saved.check()
-    assert saved.newest() == 0  # not before it is finished
-    may_end.set()
-    saved.wait()
+    assert workdirs.saved_steps(tmp_path) == []  # not before it is finished
+    threading.Timer(0.05, may_end.set).start()
     assert saved.newest() == 1
+
+
+def test_the_newest_is_not_one_that_failed(workdir, monkeypatch):
+  may_end = threading.Event()
+  monkeypatch.setattr(manifest, 'write', lambda *_: (_ for _ in ()).throw(FULL if may_end.wait(60) else TimeoutError))
+  saved = checkpoint.Checkpoints(workdir, CheckpointConfig())
+  saved.save(12, state(12), place(12))
+  threading.Timer(0.05, may_end.set).start()
+  assert saved.newest() == 8
+  assert saved.newest() == 8
+  saved.__exit__(ValueError)
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -185,8 +205,68 @@ def test_a_full_disk_is_said_once_and_the_older_one_stays(workdir, monkeypatch, 
   saved.__exit__(ValueError)  # another error has the word
   said: list[str] = []
   assert_is(restored(workdir, said.append), 8)
-  assert len(said) == (where == 'manifest')
+  assert said == []
+  assert not (workdir / 'checkpoints' / '12').exists()
   assert not [path for path in (workdir / 'checkpoints').iterdir() if not path.name.isdigit()]
+
+
+def test_bad_ones_are_named_where_space_is_needed(workdir, monkeypatch):
+  (workdir / 'bad_checkpoints' / '2.0').mkdir(parents=True)
+  monkeypatch.setattr(manifest, 'write', lambda *_: (_ for _ in ()).throw(FULL))
+  with (
+    pytest.raises(checkpoint.SaveFailed, match=r'Free some space \(bad_checkpoints has 2\.0\) or repair'),
+    checkpoint.Checkpoints(workdir, CheckpointConfig()) as saved,
+  ):
+    saved.save(12, state(12), place(12))
+
+
+LEAVES = """
+import errno, os, sys
+from tests.train.test_checkpoint import place, state
+from train import checkpoint, config
+import pathlib
+
+real = os.mkdir
+def mkdir(path, *args, **options):
+  if 'orbax-checkpoint-tmp' in str(path):
+    raise OSError(errno.EPERM, 'no folders here')
+  return real(path, *args, **options)
+os.mkdir = mkdir
+checkpoint.quiet()
+assert checkpoint.leave(5) == 5
+try:
+  with checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), config.CheckpointConfig()) as saved:
+    saved.save(1, state(1), place(1))
+except checkpoint.SaveFailed as error:
+  print(error)
+  sys.exit(checkpoint.leave(3))
+"""
+
+
+@pytest.mark.long
+def test_a_program_ends_after_a_save_that_cannot_begin(tmp_path):
+  """Orbax's threads wait for each other for minutes then."""
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  ended = subprocess.run(
+    [sys.executable, '-c', LEAVES, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
+  )
+  assert ended.returncode == 3, ended.stderr
+  assert 'no folders here' in ended.stdout
+
+
+def test_nothing_waits_for_a_save_when_another_process_is_gone(tmp_path, monkeypatch):
+  gone, may_end = jax.errors.JaxRuntimeError('UNAVAILABLE: Gloo: connection closed by peer'), threading.Event()
+  monkeypatch.setattr(processes, '_listener', object())
+  monkeypatch.setattr(manifest, 'write', lambda *_: (_ for _ in ()).throw(gone if may_end.wait(60) else TimeoutError))
+  saved = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
+  saved.save(1, state(1), place(1))
+  saved.__exit__(type(gone), gone)
+  assert saved._thread.is_alive()
+  may_end.set()
+  with pytest.raises(jax.errors.JaxRuntimeError, match='Gloo'):  # it is not the disk that has failed
+    saved.wait()
+  monkeypatch.setattr(processes, '_listener', None)
+  saved.__exit__(ValueError)
 
 
 def test_another_error_of_a_save_is_told(tmp_path, monkeypatch):
@@ -198,11 +278,16 @@ def test_another_error_of_a_save_is_told(tmp_path, monkeypatch):
     saved.save(1, state(1), place(1))
 
 
-def test_nothing_unpickles(run):
-  for path in files(run, 8):
-    assert b'pickle' not in path.read_bytes()
-  for path in (run / 'manifests').iterdir():
-    json.loads(path.read_text())
+def test_nothing_unpickles(tmp_path, monkeypatch):
+  def refused(*args, **options):
+    raise AssertionError('unpickled')
+
+  for name in ('load', 'loads', 'Unpickler', '_Unpickler'):
+    monkeypatch.setattr(pickle, name, refused)
+  with pytest.raises(pickle.UnpicklingError):
+    np.load(io.BytesIO(b'\x80\x04N.'), allow_pickle=True)  # as one that does
+  run_of(tmp_path, 1)
+  assert_is(restored(tmp_path), 1)
 
 
 @pytest.fixture(scope='module')
@@ -237,6 +322,41 @@ def test_load_params_chooses_the_weights(trained, weights, factor):
     _, params, step = checkpoint.load_params(workdir, 1)
     assert step == 1
     np.testing.assert_array_equal(params['norm.scale'], 3 * first['norm.scale'])
+
+
+def test_load_params_takes_a_newer_one_when_the_run_deletes_its_own(trained, tmp_path, monkeypatch):
+  """As a run does that goes on: before the files are hashed, and while they are read."""
+  workdir = pathlib.Path(shutil.copytree(trained[0], tmp_path / 'run'))
+  for step in (3, 4):
+    shutil.copytree(workdir / 'checkpoints/2', workdir / f'checkpoints/{step}')
+    manifest.write(workdir / f'checkpoints/{step}', workdir / f'manifests/{step}.json', step)
+  real_problems, real_restored = manifest.problems, checkpoint._restored
+
+  def problems(folder, *args, **options):
+    if folder.name == '4':
+      checkpoint.shelves.Shelf(workdir)._delete(4)
+    return real_problems(folder, *args, **options)
+
+  def restored(orbax, folder, items):
+    if folder.name == '3':
+      checkpoint.shelves.Shelf(workdir)._delete(3)
+    return real_restored(orbax, folder, items)
+
+  monkeypatch.setattr(manifest, 'problems', problems)
+  monkeypatch.setattr(checkpoint, '_restored', restored)
+  assert checkpoint.load_params(workdir)[2] == 2
+  with pytest.raises(UserError, match=r'expected a checkpoint of step 4, found \[1, 2\]'):
+    checkpoint.load_params(workdir, 4)
+
+
+@pytest.mark.parametrize('error', [Exception('NOT_FOUND: no such chunk'), FileNotFoundError('gone'), KeyError('ema')])
+def test_what_cannot_be_read_is_told(trained, monkeypatch, error):
+  def restore(*args, **options):
+    raise error
+
+  monkeypatch.setattr(checkpoint.ocp.Checkpointer, 'restore', restore)
+  with pytest.raises(UserError, match=r'checkpoints/2: expected a checkpoint of this config and model'):
+    checkpoint.load_params(trained[0])
 
 
 def test_load_params_refuses(trained, tmp_path):

@@ -284,6 +284,29 @@ def gradient(settings, teacher_changes=TEACHER, chunk=0):
   return objective, params
 
 
+@pytest.mark.parametrize(
+  'settings',
+  [
+    pytest.param(ALL, marks=pytest.mark.long),
+    pytest.param(DistillConfig(outputs=0.0, features=1.0, layers=[0]), marks=pytest.mark.long),
+    DistillConfig(labels=0.0, outputs=0.0, attention=1.0, layers=[1]),
+  ],
+)
+def test_flops_near_the_compilers_count(settings):
+  common = {'width': 64, 'heads': 4, 'mlp_width': 192, 'vocab': 128}
+  student, teacher = small.config(**STUDENT, **common), small.config(**TEACHER, **common)
+  graphs, params = zip(*((model_state.graph(x), model_state.abstract_params(x)) for x in (student, teacher)))
+
+  def objective(mine, theirs):
+    models = [model_state.merge(graph, x) for graph, x in zip(graphs, (mine, theirs))]
+    found = distill.of_models(*models, batch(), 0, settings)
+    return found['objective'], found['nll']
+
+  compiled, tokens = jax.jit(jax.grad(objective, has_aux=True)).lower(*params).compile(), batch()['tokens']
+  share = distill.flops_per_token(settings, student, teacher, tokens.shape[1]) * tokens.size
+  assert 0.8 < share / compiled.cost_analysis()['flops'] < 1.03
+
+
 def test_no_more_logits_than_a_chunk():
   objective, params = gradient(ALL, chunk=3)
   sizes = []

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from train import ema
+from train import ema, masters
 
 
 def run(decay, steps, dtype=jnp.float32):
@@ -46,6 +47,19 @@ def test_steps_below_the_resolution_of_bfloat16_are_kept():
   for _ in range(10):
     mean = ema.update(mean, {'a': jnp.full(1, 1 + 2**-7, jnp.bfloat16)}, 10**6, 0.99)
   np.testing.assert_allclose(mean['a'], 1 + 2**-7 * (1 - 0.99**10), rtol=1e-6)
+
+
+def test_averages_of_narrow_parameters_are_those_of_their_copies():
+  """Steps that the rounding hides reach the average."""
+  tx = masters.keep(optax.sgd(1.0), params := {'a': jnp.ones(1, jnp.bfloat16), 'b': jnp.ones(1)})
+  state, mean = tx.init(params), ema.init(params)
+  for _ in range(5):
+    updates, state = tx.update({'a': jnp.full(1, 2.0**-12), 'b': jnp.full(1, 2.0**-12)}, state, params)
+    params = optax.apply_updates(params, updates)
+    mean = ema.update(mean, masters.of(state, params), 10**6, 0.5)
+  assert params['a'] == 1 > mean['a'] == mean['b']
+  wide = {'b': jnp.ones(1)}
+  assert masters.of(optax.sgd(1.0).init(wide), wide) is wide
 
 
 def test_init_is_a_copy_that_a_step_may_donate_with_the_parameters():

@@ -16,7 +16,8 @@ from train.config import UserError
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('export')
-  config = tiny.config(tiny.write_corpus(folder / 'text'), train={'steps': 4}, checkpoint={'every': 2, 'keep': 2})
+  train = {'steps': 4, 'ema_decay': 0.9}
+  config = tiny.config(tiny.write_corpus(folder / 'text'), train=train, checkpoint={'every': 2, 'keep': 2})
   loop.run(config, str(folder / 'run'))
   return folder / 'run'
 
@@ -46,6 +47,18 @@ def test_an_older_step(run, tmp_path):
   newest = state.split(checkpoint.load_model(run)[1])[1]
   np.testing.assert_array_equal(got['embed.table'], want['embed.table'])
   assert np.any(got['embed.table'] != newest['embed.table'])
+
+
+def test_averages_or_the_last_parameters(run, tmp_path):
+  found = {}
+  for weights in ('', 'ema', 'raw'):
+    out, chosen = tmp_path / f'model{weights}', [f'--weights={weights}'] * bool(weights)
+    assert export.main([f'--workdir={run}', f'--out={out}', *chosen]) == 0
+    found[weights] = state.split(hf.load(out).model)[1]['embed.table']
+    want = checkpoint.load_params(run, weights=weights)[1]['embed.table']
+    np.testing.assert_array_equal(found[weights], want)
+  np.testing.assert_array_equal(found[''], found['ema'])
+  assert np.any(found['raw'] != found['ema'])
 
 
 def test_the_tokenizer_of_the_run_comes_along(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """train.initial: runs that start from other runs and from checkpoints, and what they refuse."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -31,7 +33,8 @@ def run(tmp_path_factory):
   """A finished run of a scanned model with adapters that kept averages."""
   folder = tmp_path_factory.mktemp('run')
   source, train = tiny.write_corpus(folder / 'text'), {'steps': 3, 'ema_decay': 0.5}
-  config = tiny.config(source, train=train, model={'depth': 2, 'scan': True, 'adapter_rank': 2})
+  optimizer = {'trainable': r'.*\.lora_[ab]|norm\.scale'}
+  config = tiny.config(source, train=train, optimizer=optimizer, model={'depth': 2, 'scan': True, 'adapter_rank': 2})
   loop.run(config, str(folder / 'run'))
   return folder / 'run', config
 
@@ -89,7 +92,7 @@ def test_from_a_run(run, scan):
   check_equal(got, want, model)
   assert all(x.sharding == placed[path] for path, x in got.items())
   changed = [path for path, x in raw.items() if np.any(np.asarray(x) != averages[path])]
-  assert changed and all(path.endswith(adapters.NAMES) for path in changed)
+  assert len(changed) > 1 and all(path.endswith((*adapters.NAMES, 'norm.scale')) for path in changed)
 
 
 def test_adapters_of_a_run(run):
@@ -148,6 +151,10 @@ def test_what_differs_in_how_it_runs_may(published):
     ('[]', 'its config.json is of something else'),
     ('{"architectures": ["BertModel"]}', 'BertModel'),
     ('{"config": {"wings": 2}}', "Config has no field 'wings'"),
+    ('{"config": {"model": 3}}', 'DecoderConfig: expected its fields, got 3'),
+    ('{"config": {"model": {"layers": 3}}}', 'DecoderConfig.layers=3: expected a list'),
+    ('{"config": {"model": {"width": "16"}}}', "model.width='16': expected int, got str"),
+    ('{"config": {"model": {"width": 0}}}', 'model.width=0 must be an integer, 1 or more'),
   ],
 )
 def test_a_folder_without_a_model(text, words, tmp_path):
@@ -182,7 +189,7 @@ def rows(program):
 def test_fine_tuning_with_adapters_changes_only_them(published):
   """From a published checkpoint, through the program that the loop runs."""
   folder, _ = published
-  config = tiny.config('', optimizer={'learning_rate': 2e-2, 'warmup_steps': 0})
+  config = tiny.config('', optimizer={'learning_rate': 2e-2, 'warmup_steps': 0}, train={'init_from': str(folder)})
   config.model = dataclasses.replace(hf.read_config(folder)[0], adapter_rank=4)
   program = programs.make(config, train_sharding.make_mesh(config.mesh))
   assert all(path.endswith(adapters.NAMES) for path in program.trainable)
@@ -217,6 +224,56 @@ def test_distillation_through_the_program(published):
 
 
 def test_a_teacher_that_does_not_fit(published):
-  config = small.config(**{**BASE, 'vocab': 300})
+  config, settings = small.config(**{**BASE, 'vocab': 300}), DistillConfig(teacher=str(published[0]))
   with pytest.raises(UserError, match=r'has vocab=260: expected model\.vocab=300'):
-    distill.check_folder(DistillConfig(teacher=str(published[0])), config)
+    distill.check_folder(settings, config)
+  config = small.config(**BASE)
+  assert distill.check_folder(settings, config, mesh_of(4)).vocab == 260
+  devices = jax.devices()[:3]
+  mesh = jax.make_mesh((1, 3), ('fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 2, devices=devices)
+  with pytest.raises(UserError, match=r'^distill\.teacher=.*: mesh\.tensor=3: expected a divisor of axis 1'):
+    distill.check_folder(settings, config, mesh)
+  with pytest.raises(UserError, match=r'^distill\.teacher=.*: mesh\.tensor=3'):
+    initial.model(published[0], mesh)
+
+
+def test_identity_of_a_checkpoint(published, tmp_path, monkeypatch):
+  """The same for a copy, another if any piece that is read differs; what cannot be read is refused."""
+  folder = tmp_path / 'copy'
+  shutil.copytree(published[0], folder)
+  found = initial.identity(folder)
+  assert found == initial.identity(published[0]) == json.loads(json.dumps(found))
+  tensors = folder / 'model.safetensors'
+  whole = bytearray(tensors.read_bytes())
+  for place in (len(whole) // 2, len(whole) - 1):
+    whole[place] ^= 1
+    tensors.write_bytes(whole)
+    assert initial.identity(folder) != found
+    whole[place] ^= 1
+  tensors.write_bytes(whole)
+  assert initial.identity(folder) == found
+  monkeypatch.setattr(initial, 'PIECE', 64)  # as of a large file: pieces, first to last
+  monkeypatch.setattr(initial, 'SAMPLES', 8)
+  sampled = initial.identity(folder)
+  assert sampled != found
+  half = len(whole) // 2
+  tensors.write_bytes(whole[:half] + bytes(len(whole) - half))
+  assert initial.identity(folder) != sampled
+  tensors.write_bytes(whole[:-8])
+  with pytest.raises(UserError, match=r"^distill\.teacher='.*model.safetensors"):
+    initial.identity(folder, name='distill.teacher')
+
+
+def test_identity_of_a_run(run, tmp_path):
+  folder = tmp_path / 'run'
+  shutil.copytree(run[0], folder)
+  found = initial.identity(folder)
+  assert found == initial.identity(run[0]) == json.loads(json.dumps(found))
+  assert (found['step'], found['averages']) == (3, True)
+  damaged = max((folder / 'checkpoints/3/ema').rglob('*'), key=lambda path: path.is_file() and path.stat().st_size)
+  damaged.write_bytes(b'x' + damaged.read_bytes()[1:])
+  with pytest.raises(UserError, match=r'^train\.init_from=.*: expected a whole checkpoint; ema/.*SHA-256 differs'):
+    initial.identity(folder)
+  shutil.rmtree(folder / 'checkpoints')
+  with pytest.raises(UserError, match=r'^train\.init_from=.*: expected a run with a checkpoint, found none'):
+    initial.identity(folder)

@@ -319,9 +319,23 @@ def test_a_run_begins_with_another_and_learns_from_a_third(whole, source, tmp_pa
   (line,) = tiny.lines(tmp_path / 'run', 'train')
   assert 0 <= line['distill_outputs'] < 0.1
   assert 'distill_features' in line
+  assert json.loads((tmp_path / 'run' / 'config.json').read_text())['models'].keys() == {
+    'train.init_from', 'distill.teacher',
+  }  # fmt: skip
+  # Another teacher in the same place is found when the run goes on.
+  config.train.steps = 4
+  shutil.copytree(workdir, tmp_path / 'teacher')
+  moved = copy.deepcopy(config)
+  moved.distill.teacher = str(tmp_path / 'teacher')
+  loop.run(moved, tmp_path / 'student')
+  loop.run(tiny.config(source, train={'steps': 13}, eval={'every': 4}, log={'tensorboard': True}), tmp_path / 'teacher')
+  moved.train.steps = 5
+  with pytest.raises(UserError, match=r'what distill\.teacher names has changed'):
+    loop.run(moved, tmp_path / 'student')
   config.train.init_from = str(tmp_path / 'nothing')
   with pytest.raises(UserError, match='nothing'):
     loop.run(config, tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
 
 
 def test_token_ids_without_text_are_counted_in_tokens(tmp_path):
@@ -347,8 +361,10 @@ def test_a_workdir_is_used_by_one_process(tmp_path):
 
 def test_damaged_files_of_a_run_are_named(source, tmp_path):
   (tmp_path / 'config.json').write_text('{"config"')
-  with pytest.raises(UserError, match=r'config\.json: expected a JSON file of a run'):
-    loop.run(tiny.config(source), tmp_path)
+  for text in ('{"config"', '[]', '{"config": {}}'):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(UserError, match=r'config\.json: expected a JSON file of a run'):
+      loop.run(tiny.config(source), tmp_path)
   with pytest.raises(UserError, match=r'expected a run, found no config\.json'):
     checkpoint.load_model(tmp_path / 'nothing')
 

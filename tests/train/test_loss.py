@@ -80,6 +80,8 @@ def test_targets_that_do_not_count_reach_nothing():
     np.float32(logits)
   )
   assert not np.asarray(grad)[off].any() and np.asarray(grad)[~off].all()
+  nothing = loss.cross_entropy(np.full_like(logits, np.nan), targets, 0 * weights, byte_counts, z_loss=0.1)
+  assert not any(nothing.values())
 
 
 class Model:

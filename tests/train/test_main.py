@@ -35,6 +35,11 @@ def config_file(tmp_path_factory):
     (['--config.model.layers[5].window=5'], '--config.model.layers[5].window: expected an index'),
     (['--config.model.layers.window=5'], '--config.model.layers.window: expected an index'),
     (['--config.steps=5'], "--config.steps: config has no field 'steps'; did you mean train.steps?"),
+    (['--config.optimizer.groups[0].rate=0.5'], 'config.optimizer.groups is empty, expected entries in the config'),
+    (['--config.optimizer.groups=[]'], 'this is a list of GroupConfig; make its entries in the config file, and'),
+    (['--config.model.layers=[]'], 'as --config.model.layers[0].mixer'),
+    (['--config.distill.layers=1'], '--config.distill.layers=1: not numbers in brackets, such as [0,2]'),
+    (['--config.distill.layers=[0,x]'], '--config.distill.layers=[0,x]: not numbers in brackets'),
     (['--config.model=5'], '--config.model: expected a single value'),
     (['--config.seed.x=5'], "--config.seed.x: config.seed has no field 'x'"),
     (['--config.model.width=wide'], "--config.model.width=wide: invalid literal for int() with base 10: 'wide'; exp"),
@@ -67,13 +72,14 @@ def test_bad_flags_are_one_line_that_names_them(config_file, args, words, capsys
 
 def test_good_flags_are_set(config_file, monkeypatch):
   argv = ['main', f'--config={config_file}', '--config.train.steps=7', '--config.model.layers[0].window=4']
-  argv += ['--config.model.scan', '--config.seed', '3', '--workdir=x']
+  argv += ['--config.model.scan', '--config.seed', '3', '--workdir=x', '--config.distill.layers=[0, 2]']
   monkeypatch.setattr(sys, 'argv', argv)
   known = set(flags.FLAGS)
   try:
     main.parse(argv)
     config = flags.FLAGS.config
     assert (config.train.steps, config.model.layers[0].window, config.model.scan, config.seed) == (7, 4, True, 3)
+    assert config.distill.layers == [0, 2]
   finally:
     for name in set(flags.FLAGS) - known:
       delattr(flags.FLAGS, name)
@@ -86,6 +92,10 @@ def test_help_names_every_field(capsys):
   assert stop.value.code == 0
   text = capsys.readouterr().out
   for path in ('train.steps=1000', 'model.layers[0].window=0', 'model.vocab=257', "data.bad_files='error'"):
+    assert f'--config.{path}\n' in text
+  for path in ('optimizer.groups', 'data.mixture', 'model.layers'):
+    assert f'--config.{path}=' not in text and f'  config.{path}: ' in text
+  for path in ('optimizer.groups[0].rate=1.0', "data.mixture[0].field='text'", 'distill.layers=[]'):
     assert f'--config.{path}\n' in text
   lines = text.split('Fields and defaults')[1].splitlines()
   assert all(lines[i + 1].strip() for i, line in enumerate(lines) if line.startswith('  --config.'))

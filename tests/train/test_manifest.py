@@ -1,10 +1,12 @@
 """train.manifest and train.shelf on folders of plain files: every change is found, and a process may end anywhere."""
 
+import errno
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import threading
 
 import pytest
 
@@ -196,12 +198,14 @@ class Killed(BaseException):
 def dying(monkeypatch, after):
   """Lets `after` changes of the file system happen, then ends the 'process'. Returns the list of all that did."""
   done: list[str] = []
+  lock = threading.Lock()  # files are hashed in threads
 
   def counted(name, real):
     def call(*args, **options):
-      if len(done) == after:
-        raise Killed
-      done.append(name)
+      with lock:
+        if len(done) == after:
+          raise Killed
+        done.append(name)
       return real(*args, **options)
 
     return call
@@ -259,4 +263,87 @@ def test_a_first_save_cut_short_begins_anew_aloud(tmp_path, monkeypatch):
       save(shelf, 4)
   said: list[str] = []
   assert shelf.newest_whole(said.append) == 0
-  assert said == ['checkpoint of step 4: the run ended before its manifest was written; moved to bad_checkpoints/4.0']
+  assert said == ['checkpoint of step 4: the run ended before its manifest was written; deleted']
+  assert list((tmp_path / 'checkpoints').iterdir()) == list((tmp_path / 'manifests').iterdir()) == []
+  assert not (tmp_path / 'bad_checkpoints').exists()
+
+
+def to_another_disk(monkeypatch, *, is_full=False):
+  """Renames from checkpoints/ to elsewhere fail, as where that is a link."""
+  real, real_copy = pathlib.Path.rename, shutil.copytree
+
+  def rename(path, to):
+    if path.parent.name == 'checkpoints' != to.parent.name:
+      raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    return real(path, to)
+
+  def copytree(path, to, *args, **options):
+    real_copy(path, to, *args, **options)
+    if is_full:
+      raise shutil.Error([(path, to, 'No space left on device')])
+
+  monkeypatch.setattr(pathlib.Path, 'rename', rename)
+  monkeypatch.setattr(shutil, 'copytree', copytree)
+
+
+def test_a_bad_one_is_moved_to_another_disk(saved, monkeypatch):
+  (saved.folder(8) / 'top').write_bytes(b'?')
+  had = tree(saved.workdir)
+  to_another_disk(monkeypatch)
+  said: list[str] = []
+  assert saved.newest_whole(said.append) == 4
+  assert said[0].endswith('; moved to bad_checkpoints/8.0')
+  assert not saved.folder(8).exists()
+  assert sorted(had.values()) == sorted(tree(saved.workdir).values())
+
+
+def test_a_bad_one_that_cannot_be_moved_is_told_and_does_not_count(saved, monkeypatch):
+  (saved.folder(8) / 'top').write_bytes(b'?')
+  had = tree(saved.workdir)
+  to_another_disk(monkeypatch, is_full=True)
+  said: list[str] = []
+  assert saved.newest_whole(said.append) == 4
+  assert '8 cannot be moved to ' in said[0]
+  assert 'No space left' in said[0]
+  assert saved.steps() == [4]
+  assert sorted(had.values()) == sorted(tree(saved.workdir).values())
+  with pytest.raises(FileExistsError):  # it is not written over
+    save(saved, 8)
+  saved.give_up(8)
+  assert saved.folder(8).is_dir()
+
+
+def test_giving_up_frees_what_was_not_finished(saved, monkeypatch):
+  with monkeypatch.context() as patched:
+    patched.setattr(manifest, 'write', lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+      save(saved, 12)
+  assert saved.folder(12).is_dir()
+  for step in (4, 12):
+    saved.give_up(step)
+  assert sorted(path.name for path in (saved.workdir / 'checkpoints').iterdir()) == ['4', '8']
+  assert saved.newest_whole(pytest.fail) == 8
+
+
+def test_names_of_others_stay(saved):
+  (saved.workdir / 'manifests' / 'x.deleting').touch()
+  for name in ('16.deleted.mine', '16.orbax-checkpoint-tmp.old', '016'):
+    (saved.workdir / 'checkpoints' / name).mkdir()
+  for name in ('8.deleted', '12.orbax-checkpoint-tmp', '12.orbax-checkpoint-tmp-17'):
+    (saved.workdir / 'checkpoints' / name).mkdir()
+  (saved.folder(8) / 'params' / '.nfs000012').write_bytes(b'open elsewhere')
+  said: list[str] = []
+  assert saved.newest_whole(said.append) == 8
+  assert said == []
+  kept = {path.name for path in (saved.workdir / 'checkpoints').iterdir()}
+  assert {'4', '8', '16.deleted.mine', '16.orbax-checkpoint-tmp.old', '016'} <= kept
+  assert not kept & {'8.deleted', '12.orbax-checkpoint-tmp', '12.orbax-checkpoint-tmp-17'}
+
+
+def test_files_are_hashed_at_the_same_time(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+  both = threading.Barrier(2, timeout=10)
+  real = manifest.digest
+  monkeypatch.setattr(manifest, 'digest', lambda *args, **options: (both.wait() and 0) or real(*args, **options))
+  put(tmp_path / '7')
+  manifest.write(tmp_path / '7', tmp_path / '7.json', 7)

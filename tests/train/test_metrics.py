@@ -40,6 +40,59 @@ def test_writer_cuts_off_what_is_beyond_the_checkpoint(tmp_path):
   assert len(list((tmp_path / 'tb').iterdir())) == 1
 
 
+def test_damaged_lines_are_left_out_and_kept_aside(tmp_path, capsys):
+  writer = metrics.Writer(tmp_path, 0, has_tensorboard=False)
+  for step in (5, 10, 15):
+    writer.write('train', step, train_line(step / 5))
+  writer.close()
+  path = tmp_path / 'metrics.jsonl'
+  before = bytearray(path.read_bytes())
+  before[before.index(b'"step": 10')] ^= 0x80  # no UTF-8 any more
+  path.write_bytes(before)
+  metrics.Writer(tmp_path, 20, has_tensorboard=False).close()
+  assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [5, 15]
+  assert (tmp_path / 'metrics.damaged.jsonl').read_bytes() == before
+  assert '1 lines are damaged and left out' in capsys.readouterr().out
+
+
+def test_a_board_that_cannot_be_written_to_holds_nothing_up(tmp_path, capsys):
+  writer = metrics.Writer(tmp_path, 0, has_tensorboard=True)
+  records = writer._board._file._py_recordio_writer
+  records._writer.close()
+  with open('/dev/full', 'wb') as full:
+    records._writer = full
+    for step in range(3):
+      writer.write('train', step, train_line(float(step)))
+    writer.close()
+    full.detach()
+  assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 3
+  assert capsys.readouterr().err == f'{tmp_path}/tb: No space left on device; the run goes on without TensorBoard\n'
+  (tmp_path / 'file').mkdir()
+  (tmp_path / 'file' / 'tb').write_text('')
+  writer = metrics.Writer(tmp_path / 'file', 0, has_tensorboard=True)
+  writer.write('train', 1, train_line(1.0))
+  writer.close()
+  assert 'File exists; the run goes on' in capsys.readouterr().err
+
+
+def test_a_board_has_what_was_written(tmp_path):
+  from tensorboardX.proto import event_pb2
+
+  writer = metrics.Writer(tmp_path, 4, has_tensorboard=True)
+  writer.write('train', 5, {'loss': 0.5, 'is_all': True, 'rows': ['x']})
+  writer.close()
+  (path,) = (tmp_path / 'tb').iterdir()
+  data, events = path.read_bytes(), []
+  while data:  # length, its checksum, the event, its checksum
+    size = int.from_bytes(data[:8], 'little')
+    events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+    data = data[16 + size :]
+  _, start, figure = events
+  assert (start.step, start.session_log.status) == (5, event_pb2.SessionLog.START)
+  assert figure.step == 5
+  assert [(value.tag, value.simple_value) for value in figure.summary.value] == [('train/loss', 0.5)]
+
+
 def test_writer_that_is_off_writes_nothing(tmp_path):
   writer = metrics.Writer(tmp_path, 0, has_tensorboard=True, is_on=False)
   writer.write('train', 1, train_line(1.0))

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from optax import contrib
 
-from models.config import DecoderConfig
+from models.config import DecoderConfig, LayerSpec
 from train import optimizer, sharding
 from train.config import GroupConfig, MeshConfig, OptimizerConfig, UserError
 
@@ -59,7 +59,8 @@ SHAPES = {
   'head.kernel': (4, 5),
 }
 BY_MUON = ['blocks.0.mixer.q.kernel', 'blocks.0.mlp.down.kernel', 'blocks.1.mlp.experts.up.kernel']
-DECAYED = ['embed.table', 'head.kernel', *BY_MUON]
+ADAPTER = 'blocks.0.mixer.q.lora_a'
+DECAYED = ['embed.table', 'head.kernel', ADAPTER, *BY_MUON]
 CONFIG = OptimizerConfig(
   learning_rate=0.05, schedule='cosine', warmup_steps=2, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.2, momentum=0.7
 )
@@ -127,7 +128,8 @@ CASES = {
   'muon, groups': (
     {'method': 'muon', 'groups': GROUPS},
     ['blocks.0.mixer.q.kernel', 'blocks.0.mlp.down.kernel', 'head.kernel'],
-    {'embed.table': 1.0, 'blocks.0.mlp.down.kernel': 1.0, 'head.kernel': 1.0, 'blocks.0.mixer.q.kernel': 3.0},
+    dict.fromkeys(['embed.table', 'blocks.0.mlp.down.kernel', 'head.kernel'], 1.0)
+    | dict.fromkeys(['blocks.0.mixer.q.kernel', ADAPTER], 3.0),
     {path: 0.5 for path in SHAPES if '.mixer.' in path} | {'head.kernel': 2.0},
   ),
   'adamw, muon in a group': (
@@ -225,8 +227,10 @@ def test_plans():
   got = optimizer.plans(config, shapes())
   assert list(got) == list(SHAPES)
   assert {path for path, plan in got.items() if plan.method == 'muon'} == set(BY_MUON)
-  assert {path: plan.decay for path, plan in got.items() if plan.decay} == dict.fromkeys(DECAYED, 2.0) | {
-    BY_MUON[0]: 1.0
+  assert {path: plan.decay for path, plan in got.items() if plan.decay} == {
+    **dict.fromkeys(DECAYED, 2.0),
+    BY_MUON[0]: 1.0,
+    ADAPTER: 1.0,
   }
   assert {path for path, plan in got.items() if plan.rate == 0.5} == {path for path in SHAPES if 'mixer' in path}
 
@@ -245,6 +249,10 @@ def test_plans():
     ),
     ([GroupConfig(match='head.*'), GroupConfig(match='.*', method='muon')], r'groups\[1\].method.*sinks \(2,\) is no'),
     ([GroupConfig(match=r'.*_norm\.scale', method='muon')], r'mixer_norm.scale \(3, 4\) is no matrix'),
+    (
+      [GroupConfig(match='head.*', decay=0.0), GroupConfig(match=r'.*\.(bias|scale)', decay=2.0)],
+      r'groups\[1\].decay=2.0 has no effect on blocks.0.mixer_norm.scale',
+    ),
   ],
 )
 def test_groups_reject(groups, words):
@@ -258,13 +266,50 @@ def test_trainable():
   )
   assert of('') == list(SHAPES)
   assert of('', rank=2) == ['blocks.0.mixer.q.lora_a']
-  assert of(r'head\.kernel|.*norm.scale', rank=2) == ['blocks.0.mixer_norm.scale', 'norm.scale', 'head.kernel']
+  assert of(r'head\.kernel|.*norm.scale|.*_a', rank=2) == [
+    ADAPTER, 'blocks.0.mixer_norm.scale', 'norm.scale', 'head.kernel'
+  ]  # fmt: skip
+  with pytest.raises(UserError, match=r"trainable='head.*' matches no adapter, such as blocks.0.mixer.q.lora_a"):
+    of(r'head\.kernel', rank=2)
   for wrong, words in [('head', "trainable='head' matches no"), ('*', r"'\*': expected a regular expression")]:
     with pytest.raises(UserError, match=words):
       of(wrong)
 
 
-def test_only_kernels_and_tables_decay():
+SCANNED = DecoderConfig(depth=4, layers=[LayerSpec(window=4), LayerSpec()], scan=True)
+STACKS = {f'blocks.{i}.mixer.{name}.kernel': (2, 4, 4) for i in range(2) for name in 'qk'} | {'norm.scale': (4,)}
+
+
+def test_layers_of_scanned_models_are_numbered_as_layers():
+  of = lambda expression: optimizer.trainable(OptimizerConfig(trainable=expression), SCANNED, STACKS)
+  assert of(r'blocks\.[02]\..*|norm.scale') == ['blocks.0.mixer.q.kernel', 'blocks.0.mixer.k.kernel', 'norm.scale']
+  assert of(r'blocks\.\d\.mixer\.q.*') == ['blocks.0.mixer.q.kernel', 'blocks.1.mixer.q.kernel']
+  for expression, here, there in [(r'blocks\.0\..*', 0, 2), (r'blocks\.[123]\..*', 2, 0)]:
+    with pytest.raises(UserError) as caught:
+      of(expression)
+    said = f'matches blocks.{here}.mixer.q.kernel and not blocks.{there}.mixer.q.kernel'
+    assert str(caught.value).startswith(f'optimizer.trainable={expression!r} {said}: expected both or neither')
+  with pytest.raises(UserError, match=r"trainable='blocks.4.\*' matches no"):
+    of('blocks.4.*')
+
+  params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in STACKS.items()}
+  plans = lambda *matches: optimizer.plans(
+    OptimizerConfig(groups=[GroupConfig(match=match, rate=0.5) for match in matches]), params, SCANNED
+  )
+  found = plans(r'blocks\.[13]\..*')
+  assert {path for path, plan in found.items() if plan.rate == 0.5} == {p for p in STACKS if p.startswith('blocks.1')}
+  with pytest.raises(UserError, match=r'groups\[1\].match=.* matches blocks.2.mixer.k.kernel and not blocks.0.mixer.k'):
+    plans(r'.*\.q\.kernel', r'blocks\.2\..*')
+
+
+def test_muon_leaves_routers_to_adamw():
+  names = ['mlp.router.kernel', 'mlp.experts.up.kernel', 'mixer.q.kernel']
+  params = {f'blocks.0.{name}': jax.ShapeDtypeStruct((4, 4), jnp.float32) for name in names}
+  found = optimizer.plans(OptimizerConfig(method='muon'), params)
+  assert [plan.method for plan in found.values()] == ['adamw', 'muon', 'muon']
+
+
+def test_only_matrices_decay():
   """Scales of scanned layers are stacked into matrices: they do not decay for that."""
   tx = optimizer.make(OptimizerConfig(learning_rate=0.1, schedule='constant', warmup_steps=0), 10, shapes())
   params = {path: jnp.ones(shape) for path, shape in SHAPES.items()}

@@ -1,6 +1,7 @@
 """python -m train.prepare: what it prints and refuses, and that a run finds what it has prepared."""
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -111,6 +112,35 @@ def test_ctrl_c_is_told(config_file, tmp_path, capsys, monkeypatch):
   assert 'stopped; the same command goes on' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('is_importing', [True, False])
+@pytest.mark.parametrize('number, status, words', [(signal.SIGINT, 130, ''), (signal.SIGTERM, 143, 'SIGTERM')])
+def test_signals_end_it_with_their_status(config_file, tmp_path, is_importing, number, status, words):
+  # What it imports first, or the config file, says that it is read, and holds the command up.
+  (tmp_path / 'slow').mkdir()
+  module = tmp_path / 'slow' / ('absl.py' if is_importing else 'slow.py')
+  hold = 'import os, time\nos.write(1, b"here")\ntime.sleep(60)\n'
+  module.write_text(hold if is_importing else f'def get_config():\n  pass\n{hold}')
+  config = config_file if is_importing else module
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  if is_importing:
+    environment['PYTHONPATH'] = f'{tmp_path / "slow"}'
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'train.prepare', f'--config={config}', f'--workdir={tmp_path / "run"}'],
+    env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+  assert process.stdout.read(4) == b'here'
+  process.send_signal(number)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == status
+  assert err.decode() == (f'prepare: stopped by {words}; the same command goes on\n' if words else '')
+
+
+def test_a_bad_flag_is_told_by_this_program(config_file):
+  status, _, err = command(f'--config={config_file}', '--config.data.sources=a')
+  assert status == 2
+  assert err.startswith('prepare: --config.data.sources: config.data has no field')
+
+
 @pytest.mark.parametrize('flag', ['--help', '-h'])
 def test_help(capsys, flag):
   with pytest.raises(SystemExit) as stop:
@@ -119,4 +149,5 @@ def test_help(capsys, flag):
   out = capsys.readouterr().out
   assert 'python -m train.prepare --config=FILE.py --workdir=DIR' in out
   assert 'Exit status' in out
+  assert 'looks through all files again' in out
   assert main.usage() not in out

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from tests.train import tiny
-from train import processes
+from train import interrupt, processes
 from train.config import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -153,6 +154,88 @@ def test_no_whole_checkpoint_is_an_error_in_all(folder):
 def test_join_refuses_what_cannot_be():
   with pytest.raises(UserError, match='--heartbeat_seconds=0: expected 1 or more'):
     processes.join('localhost:1', 2, 0, heartbeat_seconds=0)
+
+
+def test_join_says_what_does_not_come(monkeypatch):
+  def leave(message, status):
+    raise SystemExit(f'{message}: {status}')
+
+  monkeypatch.setattr(processes, 'JOIN_SECONDS', 0.3)
+  monkeypatch.setattr(interrupt, 'leave', leave)
+  monkeypatch.setattr(jax.distributed, 'initialize', pytest.fail)
+  for wrong in ('localhost', 'localhost:', ':80', 'localhost:http'):
+    with pytest.raises(UserError, match=f'--coordinator={wrong}: expected host:port'):
+      processes.join(wrong, 2, 1)
+  with socket.socket() as taken:
+    taken.bind(('localhost', 0))  # nothing listens
+    port = taken.getsockname()[1]
+    words = f'process 0 does not answer at localhost:{port} after 0 s; start all processes of the run again: 4'
+    with pytest.raises(SystemExit, match=words):
+      processes.join(f'localhost:{port}', 2, 1)
+
+
+ALONE = """
+import sys
+from train import interrupt, processes
+
+interrupt.end_at_once()
+processes.JOIN_SECONDS = float(sys.argv[2])
+print('joins', flush=True)
+processes.join(f'localhost:{sys.argv[1]}', 2, 0)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seconds, status', [(2, processes.GONE), (100, 0)])
+def test_a_process_alone_ends(seconds, status):
+  """When nobody comes in time, and at SIGTERM."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  pipe = subprocess.PIPE
+  run = subprocess.Popen(
+    [sys.executable, '-c', ALONE, str(port), str(seconds)], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True
+  )
+  assert run.stdout.readline() == 'joins\n'
+  if status == 0:
+    time.sleep(1)
+    run.send_signal(signal.SIGTERM)
+  _, error = run.communicate(timeout=30)
+  assert run.returncode == status, error
+  words = 'stopped by SIGTERM' if status == 0 else 'not all processes have joined after 2 s; start all processes'
+  assert error.splitlines()[-1].startswith(f'train: {words}')
+
+
+GLOO = 'FAILED_PRECONDITION: Gloo all-reduce: Connection closed by peer'
+
+
+@pytest.mark.parametrize('error, is_lost', [
+  (jax.errors.JaxRuntimeError(GLOO), True),
+  (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'), False),
+  (processes.Elsewhere(f'process 0: {GLOO}'), False),
+  (ConnectionResetError('Connection reset by peer'), False),
+])  # fmt: skip
+def test_only_errors_of_jax_tell_that_another_is_gone(monkeypatch, capsys, error, is_lost):
+  ended = []
+  monkeypatch.setattr(processes, 'end', lambda message, status: ended.append((message, status)))
+  monkeypatch.setattr(processes.time, 'sleep', lambda _: None)
+  assert not processes.is_lost(error)  # a process that is alone
+  monkeypatch.setattr(processes, '_listener', object())
+  assert processes.is_lost(error) == is_lost
+  processes.end_of(error)
+  assert ended[0][1] == (processes.GONE if is_lost else 1)
+  assert (f'{type(error).__name__}: {error}' in capsys.readouterr().err) == (not is_lost)  # its traceback
+  assert ('is gone' in ended[0][0]) == is_lost
+
+
+def test_a_second_signal_is_told_to_all(monkeypatch):
+  told = []
+  monkeypatch.setattr(interrupt, 'leave', lambda *args: told.append(args))
+  watch = interrupt.Watch()
+  for _ in range(2):
+    watch._count(signal.SIGTERM)
+  assert told == [('stopped at once; the same command continues from the last checkpoint', 128 + signal.SIGTERM)]
 
 
 class Store:

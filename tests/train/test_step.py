@@ -144,6 +144,29 @@ def test_program_places_what_it_is_given_and_trains_what_it_is_told():
   assert changed == set(found.trainable)
 
 
+def test_first_state_takes_the_place_of_what_it_is_given():
+  found = made()
+  table = jax.device_put(np.full((260, 16), 0.25, np.float32) + 0, found.placed.params['embed.table']) * 2
+  assert np.all(found.first_state({'embed.table': table}).params['embed.table'] == 0.5)
+  assert table.is_deleted()
+
+
+@pytest.mark.parametrize(
+  'model, words',
+  [
+    ({'adapter_match': 'nothing'}, "^model: adapter_match='nothing' matches no linear map, expected one or more of"),
+    ({'adapter_match': r'.*\.0\.mixer\.q', 'scan': True, 'layers': [LayerSpec()]}, r'and not blocks\.1\.mixer\.q, exp'),
+    ({'adapter_match': r'.*experts\..*', 'experts': 2, 'experts_per_token': 1}, 'expected linear maps only'),
+    ({}, r"^train\.init_from='' with model\.adapter_rank=2: only adapters would be trained"),
+  ],
+)
+def test_adapters_that_do_not_fit(model, words):
+  config = tiny.config('nowhere', data={'batch': 4, 'seq_len': 16})
+  config = configs.load(dataclasses.replace(config, model=dataclasses.replace(MODEL, adapter_rank=2, **model)))
+  with pytest.raises(configs.UserError, match=words):
+    program.make(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+
+
 def test_split_and_merge_are_inverse():
   graph, params = model_state.split(Decoder(MODEL, rngs=nnx.Rngs(0)))
   assert 'blocks.1.mixer.q.kernel' in params

@@ -6,6 +6,8 @@ ones fall on one side.
 """
 
 import dataclasses
+import fnmatch
+import functools
 import glob
 import hashlib
 import itertools
@@ -17,6 +19,7 @@ import numpy as np
 
 from train.config import DataConfig, SourceConfig, UserError
 from train.data import readers
+from train.workdir import DATA
 
 TRAIN, HELD_OUT = SIDES = 'train', 'held_out'
 _SKIPPED_FOLDERS = {'site-packages', 'dist-packages', '__pycache__'}
@@ -41,6 +44,14 @@ class Source:
     """The first part of its name."""
     return self.name.split('/')[0]
 
+  @property
+  def top(self):
+    """The path of its package."""
+    path = os.path.abspath(self.path)
+    for _ in range(self.name.count('/')):
+      path = os.path.dirname(path)
+    return path
+
 
 def entries(config: DataConfig):
   """[(name of the setting, SourceConfig)] of the parts of a mixture, or of the one source there is."""
@@ -50,42 +61,89 @@ def entries(config: DataConfig):
 
 
 def sources(config: DataConfig):
-  """All files of a corpus, by part and name; files of data.held_out stand in the first part, as 'held_out/...'.
+  """All files of a corpus, by part and name; files of data.held_out stand in the first part, as 'held_out/...'
+  ('held_out:/...' where that is a package of the first part).
 
   Raises:
-    UserError: nothing found, or a path that does not exist.
+    UserError: nothing found, a path that does not exist, a name that does not tell the format.
   """
   found = []
   for part, (setting, entry) in enumerate(entries(config)):
     for name, path in find(entry.source, setting).items():
       found.append(Source(part, name, path, entry.format or readers.format_of(path), entry.field))
   if config.held_out:
+    label, taken = HELD_OUT, {source.package for source in found if source.part == 0}
+    while label in taken:
+      label += ':'
     for name, path in find(config.held_out, 'data.held_out').items():
       kind = config.format or readers.format_of(path)
-      found.append(Source(0, f'held_out/{name}', path, kind, config.field, is_held_out=True))
+      found.append(Source(0, f'{label}/{name}', path, kind, config.field, is_held_out=True))
   return sorted(found, key=lambda source: (source.part, source.name))
 
 
+def packages(found):
+  """What text files are split by: the name of each Source's package, the same in all parts that read of it.
+
+  A package that lies within one of another part counts as that. Names do not tell where the packages are.
+  """
+  real = functools.cache(os.path.realpath)
+  tops = [real(source.top) for source in found]
+  own, taken = set(tops), set()
+  names: dict[str, str] = {}
+
+  @functools.cache
+  def outermost(top):
+    return next((str(path) for path in reversed(pathlib.Path(top).parents) if str(path) in own), top)
+
+  for source, top in zip(found, tops, strict=True):
+    if top == outermost(top) and top not in names:
+      names[top] = f'[{source.part}] {source.package}' if source.package in taken else source.package
+      taken.add(source.package)
+  return [names[outermost(top)] for top in tops]
+
+
 def check_outside(config: DataConfig, workdir):
-  """UserError if a folder of text holds that of the run ('' if there is none) or of prepared tokens: what is written
-  there would change the text."""
-  written = {f'workdir {workdir}': workdir} if workdir else {}
+  """UserError if files of the text can stand in the folder of the run ('' if there is none) or of prepared tokens: what
+  is written there would change the text."""
+  written = {f'workdir {workdir}': [workdir, os.path.join(workdir, DATA)]} if workdir else {}
   if config.prepared:
-    written[f'data.prepared={config.prepared!r}'] = os.path.expanduser(config.prepared)
+    written[f'data.prepared={config.prepared!r}'] = [os.path.expanduser(config.prepared)]
   named = [(setting, entry.source) for setting, entry in entries(config)] + [('data.held_out', config.held_out)]
   for setting, source in named:
     for part in _parts(source):
-      for what, folder in written.items():
-        if os.path.isdir(part) and pathlib.Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(part)):
+      for what, folders in written.items():
+        if any(_can_hold(part, pathlib.Path(os.path.realpath(folder))) for folder in folders):
           raise UserError(f'{what}: expected a folder outside of the text {setting}={part!r}')
+
+
+def _can_hold(part, folder):
+  """Whether a folder or glob of text has files below a folder."""
+  if os.path.isdir(part):
+    return folder.is_relative_to(os.path.realpath(part))
+  if not _is_glob(part):
+    return False
+  root = os.path.realpath(_root(part))
+  pattern = os.path.relpath(os.path.abspath(part), os.path.abspath(_root(part)))
+  return _reaches([*pathlib.Path(root).parts, *pathlib.Path(pattern).parts], folder.parts)
+
+
+def _reaches(pattern, folder):
+  """Whether the parts of a glob match a path below the one of these parts."""
+  if not pattern or not folder:
+    return bool(pattern)
+  if pattern[0] == '**':
+    return _reaches(pattern[1:], folder) or _reaches(pattern, folder[1:])
+  is_same = pattern[0] == folder[0] or fnmatch.fnmatchcase(folder[0], pattern[0])
+  return is_same and _reaches(pattern[1:], folder[1:])
 
 
 def find(source, field):
   """The files of a source.
 
   Args:
-    source: 'python_stdlib', or paths, folders and globs separated by commas. A folder means all files below it,
-      hidden ones excepted.
+    source: 'python_stdlib', or paths, folders and globs separated by commas. A folder means all files below it, also
+      those that links to folders lead to, but none that is hidden or below __pycache__, site-packages, dist-packages
+      or a hidden folder. A file that is reached twice counts once.
     field: what the source is called in messages.
 
   Returns:
@@ -93,18 +151,16 @@ def find(source, field):
     where two sources have packages of one name, those of the second begin with 'FOLDER:'.
 
   Raises:
-    UserError: a path that does not exist, or nothing found.
+    UserError: a path that does not exist, a folder that cannot be listed, or nothing found.
   """
   found: dict[str, str] = {}
+  taken: set[str] = set()  # paths of all files found
   tops: dict[str, str] = {}  # the path of each package
-  for part in _parts(source):
-    if part == 'python_stdlib':
-      root = sysconfig.get_paths()['stdlib']
-      paths = [path for path in _walk(root) if path.endswith('.py')]
-    else:
-      root, paths = _expand(part, field)
-    if not paths:
-      raise UserError(f'{field}={part!r}: expected at least one file, found none')
+  expanded = [_expand(part, field) for part in _parts(source)]
+  # A folder comes before those within it, so that its packages stay whole.
+  for root, paths in sorted(expanded, key=lambda item: os.path.abspath(item[0]).count('/')):
+    paths = [path for path in paths if os.path.abspath(path) not in taken]
+    taken |= {os.path.abspath(path) for path in paths}
     # A name on disk need not be UTF-8.
     names = {path: os.fsencode(os.path.relpath(path, root)).decode(errors='backslashreplace') for path in paths}
     own = {name.split('/')[0]: '' for name in names.values()}
@@ -136,21 +192,45 @@ def _parts(source):
 
 
 def _expand(part, field):
-  """(root, paths) of one path, folder or glob."""
-  if glob.has_magic(part) and not os.path.exists(part):
-    fixed = part[: min(part.index(c) for c in '*?[' if c in part)]
-    root = os.path.dirname(fixed) or '.'
-    return root, sorted(path for path in glob.glob(part, recursive=True) if not os.path.isdir(path))
-  if os.path.isdir(part):
-    return part, _walk(part)
-  if not os.path.lexists(part):
+  """(root, paths) of 'python_stdlib', or of one path, folder or glob."""
+  if part == 'python_stdlib':
+    root = sysconfig.get_paths()['stdlib']
+    paths = [path for path in _walk(root, field, is_followed=False) if path.endswith('.py')]
+  elif _is_glob(part):
+    root, paths = _root(part), sorted(path for path in glob.glob(part, recursive=True) if not os.path.isdir(path))
+  elif os.path.isdir(part):
+    root, paths = part, _walk(part, field)
+  elif os.path.lexists(part):
+    root, paths = os.path.dirname(part) or '.', [part]
+  else:
     raise UserError(f'{field}={part!r}: expected a file, a folder or a glob, found nothing at this path')
-  return os.path.dirname(part) or '.', [part]
+  if not paths:
+    raise UserError(f'{field}={part!r}: expected at least one file, found none')
+  return root, paths
 
 
-def _walk(root):
-  paths = []
-  for folder, folders, names in os.walk(root):
+def _is_glob(part):
+  return glob.has_magic(part) and not os.path.exists(part)
+
+
+def _root(part):
+  """The folder that a glob begins with."""
+  return os.path.dirname(part[: min(part.index(c) for c in '*?[' if c in part)]) or '.'
+
+
+def _walk(root, field, is_followed=True):
+  """Paths of all files below a folder."""
+
+  def fail(error):
+    raise UserError(f'{field}={root!r}: the folder {error.filename} cannot be listed ({error.strerror})')
+
+  paths, seen = [], set()
+  for folder, folders, names in os.walk(root, onerror=fail, followlinks=is_followed):
+    real = os.path.realpath(folder)
+    if real in seen:  # links may lead in circles
+      folders.clear()
+      continue
+    seen.add(real)
     folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith('.'))
     paths += [os.path.join(folder, name) for name in sorted(names) if not name.startswith('.')]
   return paths
@@ -207,10 +287,20 @@ def split_rows(digests, percent, seed):
   Returns:
     bool [N].
   """
-  prefix = f'{seed}:'.encode()
-  key = lambda digest: int.from_bytes(hashlib.sha256(prefix + digest.tobytes()).digest()[:8], 'little')
-  keys = np.array([key(digest) for digest in digests], np.uint64)
+  # The digests are of SHA-256 already: the seed only has to give another order, by the mixing of SplitMix64.
+  salts = np.frombuffer(hashlib.sha256(f'{seed}:'.encode()).digest()[:16], '<u8')
+  keys = _mixed(_mixed(digests[:, 0] ^ salts[0]) ^ digests[:, 1] ^ salts[1])
   distinct = np.unique(keys)
   at_least = min(2 if len(distinct) >= _FEW else 1, len(distinct) - 1)
   threshold = min(np.uint64(int(percent / 100 * 2**64)), distinct[-1])  # what is largest is never held out
   return (keys < threshold) | (keys <= distinct[at_least - 1] if at_least > 0 else False)
+
+
+def _mixed(keys):
+  """uint64 [N] in which each bit depends on all bits of the one given.
+
+  Source: Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators (the variant 13 of its finalizer).
+  """
+  keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return keys ^ (keys >> np.uint64(31))

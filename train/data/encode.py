@@ -24,10 +24,10 @@ from train.config import UserError
 from train.data import corpus, readers, scan, shards
 from train.meter import Meter
 
-VERSION = 1  # of the files
+VERSION = 2  # of the files
 INDEX, LOCK = 'index.json', '.lock'
 COLUMNS = ('tokens', 'starts', 'bytes', 'sources', 'rows')
-BATCH = 4 << 20  # bytes of text that are encoded at a time
+BATCH, MOST = 4 << 20, 16_000  # bytes of text and documents, at most, that are encoded at a time
 SHARD = 64 << 20  # bytes of tokens, about, between two commits
 
 
@@ -77,11 +77,12 @@ def prepare(folder, found, config, tokenizer, settings, say):
   dtype = dtype_for(least or tokenizer.vocab)
   try:
     with Meter(total, 'preparing tokens', say) as meter:
-      written = write(folder, found, seen, config, tokenizer, dtype, meter)
+      written = write(folder, found, seen, config, tokenizer, dtype, meter, say)
     names = dtypes(len(corpus.entries(config)), dtype)
     index = {
       'settings': settings,
       'hash': written.hash,
+      'tokens': shards.digest(written.shards, [name for name in names if name.endswith(('.tokens', '.bytes'))]),
       'vocab': max(tokenizer.least_vocab, written.highest + 1),
       'skipped': written.skipped.named,
       'skipped_count': written.skipped.count,
@@ -118,7 +119,7 @@ def dtypes(parts, tokens):
   }
 
 
-def write(folder, found, seen, config, tokenizer, dtype, meter):
+def write(folder, found, seen, config, tokenizer, dtype, meter, say):
   """Encodes all documents that are left after a scan; goes on behind the last shard that is there.
 
   Args:
@@ -129,6 +130,7 @@ def write(folder, found, seen, config, tokenizer, dtype, meter):
     tokenizer: of train.data.tokenizers.
     dtype: of ids.
     meter: Meter of the bytes of all files.
+    say: called with lines for a person.
 
   Returns:
     Written.
@@ -139,9 +141,8 @@ def write(folder, found, seen, config, tokenizer, dtype, meter):
     OSError: the files cannot be written.
   """
   parts = found[-1].part + 1
-  encoder = _Encoder(
-    shards.Writer(folder, dtypes(parts, dtype), _plan(seen, tokenizer, dtype)), found, config, tokenizer
-  )
+  writer = shards.Writer(folder, dtypes(parts, dtype), _plan(seen, tokenizer, dtype), say)
+  encoder = _Encoder(writer, found, config, tokenizer)
   hashes = [hashlib.sha256() for _ in range(parts)]
   number = -1
   for number, (i, document) in enumerate(_good(found, tokenizer, meter)):
@@ -159,13 +160,26 @@ def write(folder, found, seen, config, tokenizer, dtype, meter):
   if number + 1 != len(seen.side):
     raise _changed(found[seen.source[number + 1]])
   for source, facts in zip(found, seen.files, strict=True):
-    if scan.state(source.path)[:2] != facts[:2]:
+    size, dates, _ = scan.state(source.path)
+    if (size, dates[0]) != (facts[0], facts[1][0]):
       raise _changed(source)
+  _check_count(folder, seen, encoder, parts)
   digests = [part.hexdigest() for part in hashes]
   joined = digests[0] if parts == 1 else hashlib.sha256(' '.join(digests).encode()).hexdigest()
   encoder.skipped.named = {**seen.skipped.named, **encoder.skipped.named}
   encoder.skipped.count += seen.skipped.count
   return Written(joined, encoder.highest, encoder.skipped, encoder.writer.shards)
+
+
+def _check_count(folder, seen, encoder, parts):
+  """UserError unless the files hold all documents that the scan chose, but those left out while they were encoded."""
+  wanted = int((seen.side != scan.LEFT_OUT).sum()) - encoder.skipped.count
+  there = sum(encoder.writer.length(f'{part}.{split}.rows') for part in range(parts) for split in corpus.SIDES)
+  if there != wanted:
+    (folder / shards.JOURNAL).unlink()
+    raise UserError(
+      f'{folder}: {there:,} documents were written, {wanted:,} are in the text; start again, and all are written anew'
+    )
 
 
 def _good(found, tokenizer, meter):
@@ -186,7 +200,7 @@ def _plan(seen, tokenizer, dtype):
   digest = hashlib.sha256(json.dumps([facts[2] for facts in seen.files]).encode())
   for array in (seen.source, seen.row, seen.digest, seen.side):
     digest.update(array.tobytes())
-  return f'{digest.hexdigest()} {tokenizer.fingerprint} {tokenizer.separator} {dtype} {BATCH} {SHARD}'
+  return f'{digest.hexdigest()} {tokenizer.fingerprint} {tokenizer.separator} {dtype} {BATCH} {MOST} {SHARD}'
 
 
 def _changed(source):
@@ -211,7 +225,7 @@ class _Encoder:
       return
     self._batch.append((i, split, document))
     self._size += len(document.text) if document.ids is None else 8 * len(document.ids)
-    if self._size >= BATCH:
+    if self._size >= BATCH or len(self._batch) >= MOST:
       self._encode()
       if self.writer.pending >= SHARD:
         self._commit(number)

@@ -1,9 +1,13 @@
 """Documents of text files, JSONL, Parquet and arrays of token ids, one after the other.
 
 A file is never held whole, except for a text file, which is one document. What is wrong with a document or a file is
-told in its place, as a Document with a `problem`. Nothing is unpickled.
+told in its place, as a Document with a `problem`; trouble of the machine (a disk that fails, a package that is not
+installed) is a UserError, as no file is to be left out for it. Nothing is unpickled.
 """
 
+import codecs
+import contextlib
+import errno
 import gzip
 import json
 import os
@@ -13,9 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-TEXT, JSONL, PARQUET, TOKENS = FORMATS = 'text', 'jsonl', 'parquet', 'tokens'
-ENDINGS = {'.jsonl': JSONL, '.jsonl.gz': JSONL, '.parquet': PARQUET, '.npy': TOKENS}
-ROWS = 1024  # of Parquet that are decoded at a time
+from train.checks import FORMATS
+from train.config import UserError
+
+TEXT, JSONL, PARQUET, TOKENS = FORMATS[1:]
+ENDINGS = {
+  '.jsonl': JSONL, '.ndjson': JSONL, '.jsonl.gz': JSONL, '.ndjson.gz': JSONL, '.parquet': PARQUET, '.npy': TOKENS,
+}  # fmt: skip
+# Names that do not tell what a document is, or tell that it is nothing that is read here.
+UNCLEAR = ('.json', '.csv', '.tsv', '.gz', '.zst', '.bz2', '.xz', '.zip', '.tar', '.npz', '.arrow', '.feather')
+ROWS, ROWS_BYTES = 1024, 8 << 20  # of Parquet that are decoded at a time: rows, and bytes of them, about
+BUFFER = 1 << 20  # bytes of a Parquet file that are read at a time
+# What an error of the system says on a file itself; all others are trouble of the machine.
+_OF_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 IDS = 1 << 20  # of an array that are looked at at a time
 
 
@@ -42,8 +56,19 @@ class Damaged(Exception):
 
 
 def format_of(path):
-  """The format that the name of a file tells; 'text' if none."""
-  return next((kind for ending, kind in ENDINGS.items() if path.endswith(ending)), TEXT)
+  """The format that the name of a file tells, in upper or lower case; 'text' if none.
+
+  Raises:
+    UserError: the name is one of several formats, or of none that can be read.
+  """
+  name = os.path.basename(path).lower()
+  kind = next((kind for ending, kind in ENDINGS.items() if name.endswith(ending)), TEXT)
+  if kind == TEXT and name.endswith(UNCLEAR):
+    raise UserError(
+      f'{path}: expected a name that tells the format of its documents; set data.format (of a part of a mixture: its '
+      f'format) to one of {", ".join(FORMATS[1:])}, or name the files to read with a glob'
+    )
+  return kind
 
 
 def documents(path, kind, field, separator, vocab):
@@ -58,6 +83,9 @@ def documents(path, kind, field, separator, vocab):
 
   Yields:
     Document.
+
+  Raises:
+    UserError: the machine cannot read the file, or a package that it needs is not installed.
   """
   if problem := file_problem(path):
     yield Document(0, 0, problem=problem)
@@ -75,8 +103,7 @@ def documents(path, kind, field, separator, vocab):
   except Damaged as error:
     yield Document(0, end, problem=str(error) + (f' (after {row:,} rows)' if row else ''))
   except (OSError, EOFError, zlib.error) as error:
-    where = f' after row {row:,}' if row else ''
-    yield Document(0, end, problem=f'unreadable{where} ({getattr(error, "strerror", "") or error})')
+    yield Document(0, end, problem=unreadable(path, error, f' after row {row:,}' if row else ''))
 
 
 def file_problem(path):
@@ -84,7 +111,23 @@ def file_problem(path):
   try:
     return '' if stat.S_ISREG(os.stat(path).st_mode) else 'not a regular file'
   except OSError as error:
-    return f'unreadable ({error.strerror or error})'
+    return unreadable(path, error)
+
+
+def unreadable(path, error, where=''):
+  """'unreadable (...)' for an error that a file itself is the reason of.
+
+  Raises:
+    UserError: the machine is the reason: a disk that fails, too many open files, a right that is there and not given.
+  """
+  number, reason = getattr(error, 'errno', None), getattr(error, 'strerror', '') or error
+  is_of_file = number is None or number in _OF_FILE
+  if number in (errno.EACCES, errno.EPERM):
+    with contextlib.suppress(OSError):  # nor can its folder be read
+      is_of_file = not os.stat(path).st_mode & stat.S_IROTH
+  if not is_of_file:
+    raise UserError(f'{path}: cannot be read{where} ({reason}); start again when the machine can read it') from error
+  return f'unreadable{where} ({reason})'
 
 
 def read_text(path):
@@ -93,7 +136,7 @@ def read_text(path):
     with open(path, 'rb') as file:
       text = file.read()
   except OSError as error:
-    return b'', f'unreadable ({error.strerror or error})'
+    return b'', unreadable(path, error)
   problem = _text_problem(text)
   return (b'', problem) if problem else (text, '')
 
@@ -134,8 +177,10 @@ def _document(row, end, value, separator, vocab):
 def _jsonl(path, field):
   """(line, end, value) of the lines of a JSONL file that are not blank."""
   with open(path, 'rb') as raw:
-    lines = gzip.GzipFile(fileobj=raw) if path.endswith('.gz') else raw
+    lines = gzip.GzipFile(fileobj=raw) if path.lower().endswith('.gz') else raw
     for number, line in enumerate(lines, 1):
+      if number == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)
       if line.strip():
         yield number, raw.tell(), _json_value(line, field)
 
@@ -150,7 +195,7 @@ def _json_value(line, field):
   if not isinstance(record, dict):
     return f'a {type(record).__name__}, expected a JSON object'
   if field not in record:
-    return f'no field {field!r}, it has {", ".join(map(repr, list(record)[:5])) or "none"}'
+    return f'no field {field!r}, it has {", ".join(map(repr, list(record)[:5])) or "none"}; data.field names the field'
   value = record[field]
   if isinstance(value, str):
     try:
@@ -170,21 +215,36 @@ def _parquet(path, field):
     import pyarrow as pa
     import pyarrow.parquet
   except ImportError as error:
-    raise Damaged('reading Parquet needs the package pyarrow, which is not installed: pip install pyarrow') from error
+    raise UserError(
+      f'{path}: reading Parquet needs the package pyarrow, which is not installed: pip install pyarrow'
+    ) from error
   size = os.path.getsize(path)
   try:
-    with pa.parquet.ParquetFile(path) as file:
+    # So the pages of a column are read one after the other, not all of a row group at once.
+    with pa.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
       if field not in file.schema_arrow.names:
         names = ', '.join(map(repr, file.schema_arrow.names[:5])) or 'none'
-        raise Damaged(f'no column {field!r}, it has {names}')
+        raise Damaged(f'no column {field!r}, it has {names}; data.field names the column')
       row, rows = 0, max(file.metadata.num_rows, 1)
       for group in range(file.num_row_groups):
-        for batch in file.iter_batches(ROWS, row_groups=[group], columns=[field]):
+        at_once = _rows_at_once(file.metadata.row_group(group), field)
+        for batch in file.iter_batches(at_once, row_groups=[group], columns=[field]):
           for value in _column_values(pa, batch.column(0), field):
             row += 1
             yield row, size * row // rows, value
+  except pa.ArrowMemoryError as error:
+    raise UserError(f'{path}: memory does not hold what is decoded at a time ({error})') from error
   except (pa.ArrowException, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
     raise Damaged(f'not a whole Parquet file ({error})') from error
+
+
+def _rows_at_once(group, field):
+  """How many rows of a row group are decoded at a time, so that they are about ROWS_BYTES at most."""
+  chunks = [group.column(i) for i in range(group.num_columns)]
+  size = sum(chunk.total_uncompressed_size for chunk in chunks if f'{chunk.path_in_schema}.'.startswith(f'{field}.'))
+  return max(1, min(ROWS, ROWS_BYTES * group.num_rows // max(size, 1)))
 
 
 def _column_values(pa, column, field):
@@ -197,10 +257,11 @@ def _column_values(pa, column, field):
   is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
   if not is_list or not pa.types.is_integer(kind.value_type):
     raise Damaged(f'column {field!r} is {column.type}, expected a text or a list of whole numbers')
-  column = column.cast(pa.large_list(pa.int64()))
+  # uint64 may go beyond int64. A number that is missing becomes one that no vocabulary has.
+  item, missing_id = (pa.uint64(), 2**64 - 1) if pa.types.is_uint64(kind.value_type) else (pa.int64(), -1)
+  column = column.cast(pa.large_list(item))
   offsets, is_known = column.offsets.to_numpy(), column.is_valid().to_numpy(zero_copy_only=False)
-  # A number that is missing becomes one that no vocabulary has.
-  ids = column.values.fill_null(-1).to_numpy()
+  ids = column.values.fill_null(missing_id).to_numpy()
   return [ids[offsets[i] : offsets[i + 1]] if is_known[i] else missing for i in range(len(column))]
 
 
@@ -238,4 +299,6 @@ def _between(array, separator, size):
         begun = []
       if len(piece):
         begun.append(piece)
-  yield row + 1, size, np.concatenate(begun)[1:]
+  last = np.concatenate(begun)[1:]
+  if len(last) or not row:  # a separator at the end begins no document
+    yield row + 1, size, last

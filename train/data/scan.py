@@ -1,7 +1,6 @@
 """A first look through all files of a corpus: which documents there are, which are bad, on which side each stands."""
 
 import array
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -38,8 +37,9 @@ class Scan:
     row: int64, line or row from 1; 0 for a text file.
     size: int64, bytes of text, or number of ids.
     digest: uint64 [N, 2], the first half of the SHA-256 of the content.
+    alike: uint64 [N, 2], the same of what sides and duplicates go by, see `alike_digest`.
     side: int8, 0 to train on, 1 held out, 2 left out.
-    files: [size, mtime_ns, SHA-256] of each file; the last is '' for one that cannot be read.
+    files: `fingerprint` of each file.
     skipped: bad documents and files.
     duplicates: documents left out since another has the same content.
     highest: the highest id in documents that are ids; -1 if none are.
@@ -50,6 +50,7 @@ class Scan:
   row: np.ndarray
   size: np.ndarray
   digest: np.ndarray
+  alike: np.ndarray
   side: np.ndarray
   files: list
   skipped: LeftOut
@@ -73,7 +74,8 @@ def look(found, config: DataConfig, tokenizer, meter):
   Raises:
     UserError: a bad document or file under bad_files='error', text for data.tokenizer='none', too little to split.
   """
-  source, row, size, digests = array.array('i'), array.array('q'), array.array('q'), bytearray()
+  source, row, size = array.array('i'), array.array('q'), array.array('q')
+  digests, alike = bytearray(), bytearray()
   files, skipped, highest, has_text, before = [], LeftOut(), -1, False, 0
   for i, item in enumerate(found):
     facts = fingerprint(item.path) if item.kind != readers.TEXT else state(item.path)
@@ -86,6 +88,7 @@ def look(found, config: DataConfig, tokenizer, meter):
         raise UserError(f"{place(item.path, document.row)}: a text, expected token ids for data.tokenizer='none'")
       digest = content_digest(document)
       digests += digest[:16]
+      alike += alike_digest(document, tokenizer)[:16]
       source.append(i)
       row.append(document.row)
       size.append(len(document.text if document.ids is None else document.ids))
@@ -93,12 +96,14 @@ def look(found, config: DataConfig, tokenizer, meter):
       highest = highest if document.ids is None else max(highest, int(document.ids.max()))
       if item.kind == readers.TEXT:
         facts = [*facts[:2], digest.hex()]
+    if not facts[2]:
+      facts = fingerprint(item.path)  # of a bad text file
     files.append(facts)
     before += facts[0]
   made = Scan(
     np.array(source, np.int32), np.array(row, np.int64), np.array(size, np.int64),
-    np.frombuffer(bytes(digests), '<u8').reshape(-1, 2), np.zeros(len(row), np.int8), files, skipped, LeftOut(),
-    highest, has_text,
+    np.frombuffer(digests, '<u8').reshape(-1, 2), np.frombuffer(alike, '<u8').reshape(-1, 2),
+    np.zeros(len(row), np.int8), files, skipped, LeftOut(), highest, has_text,
   )  # fmt: skip
   _choose_sides(found, made, config)
   _leave_out_duplicates(found, made)
@@ -115,6 +120,7 @@ def _check_left(found, made, config):
       raise UserError(
         f'{setting}={entry.source!r}: no document is left for {corpus.HELD_OUT if has_train else corpus.TRAIN!r} after '
         f'{made.skipped.count} bad ones and {made.duplicates.count} duplicates were left out'
+        + ''.join(f'; the first bad one is {name}: {reason}' for name, reason in list(made.skipped.named.items())[:1])
       )
 
 
@@ -125,21 +131,36 @@ def content_digest(document):
   return hashlib.sha256(b'ids\0' + document.ids.astype('<i8').tobytes()).digest()
 
 
+def alike_digest(document, tokenizer):
+  """32 bytes that are the same for documents of one text, which stand on one side and are used once: also where one is
+  text and the other ids, where white space differs at the ends, or lines end in another way."""
+  text = document.text
+  if text is None and tokenizer.unit == 'byte':
+    text = tokenizer.text_of(document.ids)
+  if not text:  # ids without a text, or special tokens only
+    return content_digest(document)
+  return hashlib.sha256(text.replace(b'\r\n', b'\n').strip()).digest()
+
+
 def state(path):
-  """[size, mtime_ns, ''] of a file; size -1 if there is none."""
+  """[size, [mtime_ns, ctime_ns, inode], ''] of a file; size -1 if there is none."""
   try:
     found = os.stat(path)
-  except OSError:
-    return [-1, 0, '']
-  return [found.st_size, found.st_mtime_ns, '']
+  except OSError as error:
+    readers.unreadable(path, error)
+    return [-1, [0, 0, 0], '']
+  return [found.st_size, [found.st_mtime_ns, found.st_ctime_ns, found.st_ino], '']
 
 
 def fingerprint(path):
-  """`state` of a file with the SHA-256 of its content, if it can be read."""
+  """`state` of a file with the SHA-256 of its content in the end, which stays '' if the file cannot be read."""
   found = state(path)
   if not readers.file_problem(path):
-    with contextlib.suppress(OSError), open(path, 'rb') as file:  # the reader says what is wrong
-      found[2] = hashlib.file_digest(file, 'sha256').hexdigest()
+    try:
+      with open(path, 'rb') as file:
+        found[2] = hashlib.file_digest(file, 'sha256').hexdigest()
+    except OSError as error:
+      readers.unreadable(path, error)  # the reader says what is wrong
   return found
 
 
@@ -158,37 +179,56 @@ def bad(source, row, problem, bad_files, skipped):
 
 def _choose_sides(found, made, config):
   """Sets the side of each document, before duplicates are looked for."""
-  kinds = np.array([item.kind == readers.TEXT for item in found])[made.source]
-  parts = np.array([item.part for item in found])[made.source]
   if config.held_out:
     made.side[:] = np.array([item.is_held_out for item in found])[made.source]
     return
-  for part in np.unique(parts):
-    texts = np.flatnonzero(kinds & (parts == part))
-    if len(texts):
-      sizes: dict[str, int] = {}
-      packages = [found[made.source[i]].package for i in texts]
-      for i, package in zip(texts, packages, strict=True):
-        sizes[package] = sizes.get(package, 0) + int(made.size[i])
-      held = corpus.split_packages(sizes, config.held_out_percent, config.split_seed)
-      made.side[texts] = [package in held for package in packages]
-    rows = np.flatnonzero(~kinds & (parts == part))
-    if len(rows):
-      made.side[rows] = corpus.split_rows(made.digest[rows], config.held_out_percent, config.split_seed)
+  is_text = _is_text(found, made)
+  if is_text.any():
+    # Once over all parts, which may share packages.
+    names = corpus.packages(found)
+    sizes: dict[str, int] = {}
+    texts = np.flatnonzero(is_text)
+    own = [names[i] for i in made.source[texts].tolist()]
+    for name, size in zip(own, made.size[texts].tolist(), strict=True):
+      sizes[name] = sizes.get(name, 0) + size
+    held = corpus.split_packages(sizes, config.held_out_percent, config.split_seed)
+    made.side[texts] = [name in held for name in own]
+  parts = np.array([item.part for item in found])[made.source]
+  for part in np.unique(parts[~is_text]):
+    rows = np.flatnonzero(~is_text & (parts == part))
+    made.side[rows] = corpus.split_rows(made.alike[rows], config.held_out_percent, config.split_seed)
+
+
+def _is_text(found, made):
+  """bool, whether each document is a text file."""
+  return np.array([item.kind == readers.TEXT for item in found])[made.source]
+
+
+def _same(found, made):
+  """uint64 [N, 2] that is equal for the documents of which one is used: those that are alike; text files that are
+  alike to no line or row count by all their bytes."""
+  order = np.lexsort(made.alike.T)
+  alike = made.alike[order]
+  group = np.cumsum(np.append(True, (alike[1:] != alike[:-1]).any(axis=1))[: len(order)]) - 1
+  has_rows = np.bincount(group, ~_is_text(found, made)[order]) > 0
+  same = made.digest.copy()
+  same[order[has_rows[group]]] = alike[has_rows[group]]
+  return same
 
 
 def _leave_out_duplicates(found, made):
   """Keeps one document of each content on the held-out side of all parts, or else one on the training side of each
   part, so that no part trains on what another holds out."""
-  part = np.array([item.part for item in found])[made.source] if len(made.source) else np.zeros(0, int)
-  is_train = made.side == 0
-  order = np.lexsort((np.arange(len(part)), part, is_train, made.digest[:, 1], made.digest[:, 0]))
-  digest, part, is_train = made.digest[order], part[order], is_train[order]
-  is_first = np.append(True, (digest[1:] != digest[:-1]).any(axis=1))[: len(order)]
+  if not len(made.source):
+    return
+  part, is_train, same = np.array([item.part for item in found])[made.source], made.side == 0, _same(found, made)
+  order = np.lexsort((np.arange(len(part)), part, is_train, same[:, 1], same[:, 0]))
+  same, part, is_train = same[order], part[order], is_train[order]
+  is_first = np.append(True, (same[1:] != same[:-1]).any(axis=1))
   # Where the first of a content is held out, all others go; else each part keeps its first.
   group = np.cumsum(is_first) - 1
-  is_held = ~is_train[is_first][group] if len(order) else is_train
-  is_other_part = np.append(True, part[1:] != part[:-1])[: len(order)]
+  is_held = ~is_train[is_first][group]
+  is_other_part = np.append(True, part[1:] != part[:-1])
   left_out = order[~(is_first | (~is_held & is_other_part))]
   made.side[left_out] = LEFT_OUT
   for i in sorted(left_out):

@@ -1,7 +1,8 @@
 """Growing arrays in the files of a folder, written shard by shard, and their SHA-256.
 
-A shard is what has been added to all files between two commits. A commit brings it on disk, then writes it down in
-journal.json, so that work that was killed goes on behind the last commit; what a file holds beyond it is cut off.
+A shard is what has been added to all files between two commits. A commit brings it on disk, then adds a line to
+journal.jsonl, so that work that was killed goes on behind the last commit; what a file holds beyond it is cut off.
+Each line has a SHA-256 of itself and of the lines before it.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import numpy as np
 from train import workdir as workdirs
 from train.config import UserError
 
-JOURNAL = 'journal.json'
+JOURNAL = 'journal.jsonl'
 CHUNK = 1 << 22
 
 
@@ -24,6 +25,7 @@ class Writer:
     folder: absolute path, which exists.
     dtypes: {file name: numpy type}.
     plan: text that says what is written; what was begun with another plan is thrown away.
+    say: called with a line for a person, if what was begun is damaged.
 
   Attributes:
     dtypes: as given.
@@ -32,17 +34,20 @@ class Writer:
     pending: bytes added since the last commit.
   """
 
-  def __init__(self, folder, dtypes, plan):
-    self.folder, self.dtypes, self._plan, self.pending = folder, dtypes, plan, 0
+  def __init__(self, folder, dtypes, plan, say=print):
+    self.folder, self.dtypes, self.pending = folder, dtypes, 0
     self.shards: list[dict] = []
     self._added: dict[str, list] = {name: [] for name in dtypes}
-    journal = _journal(folder)
-    if journal.get('plan') == plan:
-      self.shards = journal['shards']
-      try:
-        verify(folder, self.shards, list(dtypes))
-      except UserError:
-        self.shards = []  # nothing of it has been used yet: it is written again
+    self._journal = _Journal(folder / JOURNAL)
+    try:
+      begun, *done = self._journal.read() or [{}]
+      if begun == {'plan': plan}:
+        verify(folder, done, list(dtypes))
+        self.shards = done
+    except UserError as error:
+      say(f'{error}. Nothing of it has been used yet: it is written again from the start')
+    if not self.shards:
+      self._journal.begin({'plan': plan})
     for name in dtypes:
       with open(folder / name, 'ab') as file:
         file.truncate(self._size(name))
@@ -71,17 +76,57 @@ class Writer:
       ranges[name] = [size, digest.hexdigest()]
     self.shards.append({'ranges': ranges, **values})
     self._added, self.pending = {name: [] for name in self.dtypes}, 0
-    workdirs.write_json(self.folder / JOURNAL, {'plan': self._plan, 'shards': self.shards})
+    self._journal.add(self.shards[-1])
 
   def _size(self, name):
     return self.shards[-1]['ranges'][name][0] if self.shards else 0
 
 
-def _journal(folder):
-  try:
-    return workdirs.read_json(folder / JOURNAL)
-  except UserError:
-    return {}  # none yet
+class _Journal:
+  """Lines of JSON in a file that grows, each with the SHA-256 of the one before it and its own values."""
+
+  def __init__(self, path):
+    self.path, self._last = path, ''
+
+  def read(self):
+    """The values of all lines. A last line without an end was being written when the process was killed: it is cut off.
+
+    Raises:
+      UserError: another line is not what was written.
+    """
+    if not self.path.exists():
+      return []
+    lines = self.path.read_bytes().split(b'\n')
+    found: list[dict] = []
+    for line in lines[:-1]:
+      try:
+        record = json.loads(line)
+        values, seal = record['values'], record['sha256']
+      except (ValueError, TypeError, KeyError, RecursionError):
+        values = seal = None
+      if seal is None or seal != _seal([self._last, values]):
+        raise UserError(f'{self.path}: damaged, line {len(found) + 1} is not what was written')
+      found.append(values)
+      self._last = seal
+    if lines[-1]:
+      os.truncate(self.path, sum(len(line) + 1 for line in lines[:-1]))
+    return found
+
+  def begin(self, values):
+    """Throws all lines away, and writes the first."""
+    self._last = ''
+    self._write(values, 'wb')
+
+  def add(self, values):
+    """Adds a line. It is on disk when this returns."""
+    self._write(values, 'ab')
+
+  def _write(self, values, mode):
+    self._last = _seal([self._last, values])
+    with open(self.path, mode) as file:
+      file.write(json.dumps({'sha256': self._last, 'values': values}).encode() + b'\n')
+      file.flush()
+      os.fsync(file.fileno())
 
 
 def write_sealed(path, values):
@@ -99,6 +144,11 @@ def read_sealed(path):
 
 def _seal(values):
   return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def digest(shards, names):
+  """A SHA-256 that stands for the contents of some files."""
+  return _seal([[name, shard['ranges'][name]] for name in names for shard in shards])
 
 
 def total(shards, names):

@@ -111,6 +111,7 @@ class Corpus:
     parts: [Part], one for each entry of the mixture; one if there is no mixture.
     folder: of the prepared tokens.
     index: contents of the index.
+    is_new: whether they were prepared just now, so that nothing else uses them yet.
   """
 
   hash: str
@@ -121,6 +122,12 @@ class Corpus:
   parts: list[Part]
   folder: Any
   index: dict
+  is_new: bool = False
+
+  @property
+  def tokens(self):
+    """A SHA-256 that stands for the tokens and bytes of all documents, which another version of a tokenizer changes."""
+    return self.index['tokens']
 
   def side(self, split):
     """[Tokens] of one side, 'train' or 'held_out', of all parts."""
@@ -135,7 +142,7 @@ class Corpus:
     return sum(int(tokens.byte_counts.sum()) for tokens in self.side(split))
 
   def record(self):
-    """What corpus.json holds: hash, counts, what was left out, and name, side, bytes and short hash of every file.
+    """What corpus.json holds: hashes, counts, what was left out, and name, side, bytes and short hash of every file.
 
     A text file stands on one side; of a file with documents on both it says 'rows'.
     """
@@ -159,6 +166,7 @@ class Corpus:
     names = ('skipped', 'skipped_count', 'duplicates', 'duplicate_count')
     return {
       'hash': self.hash,
+      'tokens': self.tokens,
       'unit': self.unit,
       **sides,
       'held_out_packages': sorted(set(texts[HELD_OUT].values())),
@@ -205,6 +213,7 @@ def open_or_prepare(config, workdir, *, vocab=0, is_writer=True, say=print):
   if is_writer:
     found, is_new = corpora.sources(config), False
     if not (folder / encode.INDEX).exists():
+      _check_begun(config, workdir, found)
       with encode.locked(folder, say):
         if not (folder / encode.INDEX).exists():  # another process may have made it meanwhile
           encode.prepare(folder, found, config, tokenizer, settings, say)
@@ -217,7 +226,7 @@ def open_or_prepare(config, workdir, *, vocab=0, is_writer=True, say=print):
   if is_writer and not is_new:
     with Meter(shards.total(index['shards'], names), 'checking prepared tokens', say) as meter:
       _with_advice(folder, lambda: shards.verify(folder, index['shards'], names, meter.to))
-  found_corpus = _opened(folder, index, config, tokenizer)
+  found_corpus = _opened(folder, index, config, tokenizer, is_writer and is_new)
   if vocab:
     check_vocab(found_corpus, vocab)
   return found_corpus
@@ -299,17 +308,36 @@ def _check_sources(folder, index, found):
       different.append(f'{name} (new)')
     else:
       path, facts = now[part, name].path, before[part, name]
-      if scan.state(path)[:2] != facts[:2] and scan.fingerprint(path)[2] != facts[2]:
+      # What could not be read then may be readable now, with all dates as they were.
+      is_other = not facts[2] or scan.state(path)[:2] != facts[:2]
+      if is_other and scan.fingerprint(path)[2] != facts[2]:
         different.append(f'{name} (gone)' if scan.state(path)[0] < 0 else name)
   if different:
     shown = ', '.join(different[:5]) + (f' and {len(different) - 5} more' if len(different) > 5 else '')
     raise UserError(
       f'{folder}: the text has changed since its tokens were prepared: {shown}. Going on would mix two corpora: '
-      f'restore the files; or, for a new run on what is there now, remove {folder} or set another data.prepared'
+      'restore the files, and the same command goes on; or, for a new run on what is there now, remove '
+      f'{folder} or set another data.prepared'
     )
 
 
-def _opened(folder, index, config, tokenizer):
+def _check_begun(config, workdir, found):
+  """UserError if a file that a run in `workdir` began with is gone or another one: before its text is prepared anew."""
+  path = workdirs.expand(workdir) / workdirs.CORPUS if str(workdir) else None
+  if path is None or not path.exists():
+    return
+  now = {_label(corpora.entries(config), source.part) + source.name: source.path for source in found}
+  different = []
+  for name, side, size, digest in workdirs.read_json(path, ('files',))['files']:
+    if side != 'tokenizer' and name not in now:
+      different.append(f'{name} (gone)')
+    elif side != 'tokenizer' and (scan.state(now[name])[0] != size or scan.fingerprint(now[name])[2][:16] != digest):
+      different.append(name)
+  if different:
+    raise workdirs.other_text(path.parent, different)
+
+
+def _opened(folder, index, config, tokenizer, is_new):
   """The Corpus of a folder."""
   files = [name for _, name, *_ in index['sources']]
   parts = []
@@ -324,4 +352,5 @@ def _opened(folder, index, config, tokenizer):
   is_bytes = tokenizer.fingerprint == 'bytes'
   text = f'{index["hash"]} {tokenizer.fingerprint} {tokenizer.separator}'
   hash = index['hash'] if is_bytes else hashlib.sha256(text.encode()).hexdigest()
-  return Corpus(hash, tokenizer.unit, index['vocab'], tokenizer.separator, tokenizer, parts, folder, index)
+  return Corpus(hash, tokenizer.unit, index['vocab'], tokenizer.separator, tokenizer, parts, folder, index,
+                is_new)  # fmt: skip

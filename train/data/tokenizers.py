@@ -1,6 +1,6 @@
 """Text to token ids for training: bytes, the tokenizer of a tokenizer.json, or none where data are tokens already.
 
-Bytes and FromFile have `encode_texts(texts)` and `decode(ids)`; all have `count_bytes(documents)` and
+Bytes and FromFile have `encode_texts(texts)`, `text_of(ids)` and `decode(ids)`; all have `count_bytes(documents)` and
 
     separator    id that stands before each document
     vocab        one more than the highest id that data may hold
@@ -40,7 +40,7 @@ def load(config):
       raise UserError(f"data.separator={config.separator!r}: expected '' or {SEPARATOR} for data.tokenizer='bytes'")
     return Bytes()
   if config.tokenizer == 'none':
-    if not config.separator.isdecimal() or int(config.separator) >= MOST_IDS:
+    if not _is_number(config.separator) or int(config.separator) >= MOST_IDS:
       raise UserError(
         f'data.separator={config.separator!r}: expected the id of the token that stands between documents, as '
         "data.tokenizer='none' knows no text"
@@ -67,6 +67,10 @@ class Bytes(hf_tokenizers.ByteTokenizer):
   def encode_texts(self, texts):
     """[uint8 ids] of some texts, each bytes."""
     return [np.frombuffer(text, np.uint8) for text in texts]
+
+  def text_of(self, ids):
+    """The bytes that an array of ids is."""
+    return ids.astype(np.uint8).tobytes()
 
   def count_bytes(self, documents):
     """[int] bytes of text that some lists of ids are."""
@@ -111,6 +115,10 @@ class FromFile(hf_tokenizers.FileTokenizer):
     found = self._tokenizer.encode_batch_fast([text.decode('utf-8') for text in texts], add_special_tokens=False)
     return [np.array(encoding.ids, np.uint32) for encoding in found]
 
+  def text_of(self, ids):
+    """The text of an array of ids in UTF-8, without special tokens."""
+    return self.decode(ids).encode('utf-8')
+
   def count_bytes(self, documents):
     """[int] bytes of the texts that some lists of ids decode to."""
     texts = self._tokenizer.decode_batch([ids.tolist() for ids in documents], skip_special_tokens=True)
@@ -118,7 +126,7 @@ class FromFile(hf_tokenizers.FileTokenizer):
 
   def _separator(self, wanted):
     """The id of the separator."""
-    if wanted.isdecimal():
+    if _is_number(wanted):
       if int(wanted) >= MOST_IDS:
         raise UserError(f'data.separator={wanted}: expected an id below {MOST_IDS}')
       return int(wanted)
@@ -133,6 +141,10 @@ class FromFile(hf_tokenizers.FileTokenizer):
         f'its special tokens are {shown}'
       )
     return found
+
+
+def _is_number(text):
+  return text.isascii() and text.isdecimal()
 
 
 def _end_of_text(folder):

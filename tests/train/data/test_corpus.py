@@ -241,6 +241,27 @@ def test_what_a_run_writes_stands_outside_of_its_text(tmp_path, where):
   corpus.check_outside(DataConfig(prepared=str(inside)), tmp_path)
 
 
+GLOBS = [('', '**'), ('', '**/*.txt'), ('', '*/run/*.txt'), ('', 'a/r*/**'), ('', 'a/*/data/*'), ('a/run', '*')]
+
+
+@pytest.mark.parametrize('below, pattern', GLOBS)
+def test_a_glob_reaches_not_where_a_run_writes(tmp_path, below, pattern):
+  source = str(tmp_path / below / pattern)
+  with pytest.raises(UserError, match=r'workdir .*run: expected a folder outside of the text data.source='):
+    corpus.check_outside(DataConfig(source=source), tmp_path / 'a' / 'run')
+
+
+def test_the_folder_of_prepared_tokens_is_no_text(tmp_path):
+  (tmp_path / 'run' / 'data').mkdir(parents=True)
+  with pytest.raises(UserError, match=r'workdir .*run: expected a folder outside'):
+    corpus.check_outside(DataConfig(source=str(tmp_path / 'run' / 'data')), tmp_path / 'run')
+  config = DataConfig(source=str(tmp_path / 'run' / 'data'), prepared=str(tmp_path / 'run' / 'data'))
+  with pytest.raises(UserError, match=r'data.prepared=.*: expected a folder outside'):
+    corpus.check_outside(config, '')
+  for pattern in ('*.txt', 'b/*/*.txt', 'a/[x-z]/**', '*/*'):
+    corpus.check_outside(DataConfig(source=str(tmp_path / pattern)), tmp_path / 'a' / 'b' / 'c')
+
+
 def test_rejects_what_cannot_be_split(tmp_path, load):
   (tmp_path / 'one.txt').write_text('text')
   with pytest.raises(UserError, match='at least 2 top-level'):

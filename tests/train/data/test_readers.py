@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from train.config import UserError
 from train.data import readers
 
 SEPARATOR, VOCAB = 7, 100
@@ -35,10 +36,20 @@ def write_parquet(path, columns, **options):
 
 @pytest.mark.parametrize(
   'name, kind',
-  [('a.jsonl', 'jsonl'), ('a.jsonl.gz', 'jsonl'), ('a.parquet', 'parquet'), ('a.npy', 'tokens'), ('a.py', 'text')],
-)
+  [
+    ('a.jsonl', 'jsonl'), ('a.jsonl.gz', 'jsonl'), ('a.parquet', 'parquet'), ('a.npy', 'tokens'), ('a.py', 'text'),
+    ('A.JSONL', 'jsonl'), ('a.ndjson', 'jsonl'), ('a.Ndjson.GZ', 'jsonl'), ('a.Parquet', 'parquet'), ('json', 'text'),
+    ('a.csv.txt', 'text'),
+  ],
+)  # fmt: skip
 def test_format_goes_by_name(name, kind):
-  assert readers.format_of(f'/some/where/{name}') == kind
+  assert readers.format_of(f'/some.zip/where.json/{name}') == kind
+
+
+@pytest.mark.parametrize('name', ['a.json', 'a.jsonl.zst', 'a.csv', 'a.CSV', 'a.txt.gz', 'a.npz', 'a.tar'])
+def test_names_that_do_not_tell_the_format_are_refused(name):
+  with pytest.raises(UserError, match=rf'/{name}: expected a name that tells the format.*text, jsonl, parquet, tokens'):
+    readers.format_of(f'/some/where/{name}')
 
 
 TEXTS = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), min_size=1)
@@ -60,7 +71,7 @@ BAD_LINES = [
   (b'{"text": "a\xff"}', r'not UTF-8 at byte 11 of the line'),
   (b'{"text": "\\ud800"}', r'half of a surrogate pair'),
   (b'["a"]', r'a list, expected a JSON object'),
-  (b'{"other": "a", "more": 1}', r"no field 'text', it has 'other', 'more'"),
+  (b'{"other": "a", "more": 1}', r"no field 'text', it has 'other', 'more'; data.field names the field"),
   (b'{"text": null}', r"'text' is a NoneType"),
   (b'{"text": 12}', r"'text' is a int, expected a text or a list of token ids"),
   (b'{"text": ""}', r'empty'),
@@ -82,6 +93,12 @@ def test_bad_lines_are_told_and_the_next_is_read(tmp_path, line, words):
   assert (first, last) == ((1, b'one'), (3, [1, 2]))
   assert bad[0] == 2
   assert re.search(words, bad[1])
+
+
+def test_a_byte_order_mark_may_begin_the_file(tmp_path):
+  for name, pack in (('a.jsonl', bytes), ('a.JSONL.GZ', gzip.compress)):
+    (tmp_path / name).write_bytes(pack(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n'))
+    assert read(tmp_path / name) == [(1, b'a'), (2, b'b')]
 
 
 def test_a_damaged_gzip_is_told_after_what_could_be_read(tmp_path):
@@ -144,11 +161,19 @@ def test_bad_rows_are_told_and_the_next_is_read(tmp_path):
   for field, words in (
     ('number', 'is int64, expected a text'),
     ('lists', 'expected a text'),
-    ('no', "no column 'no', it"),
+    ('no', "no column 'no', it has 'text', 'empty', 'broken', 'ids', 'hole'; data.field names the column"),
   ):
     [(row, problem)] = read(path, field=field)
     assert row == 0
     assert words in problem
+
+
+def test_a_number_beyond_64_bits_with_a_sign_is_one_bad_row(tmp_path):
+  rows = pa.array([[1, 2], [1, 2**63], [1, None], [3]], pa.list_(pa.uint64()))
+  path = write_parquet(tmp_path / 'a.parquet', {'ids': rows})
+  assert read(path, field='ids') == [
+    (1, [1, 2]), (2, f'bad: id {2**63}, expected 0 .. 99'), (3, f'bad: id {2**64 - 1}, expected 0 .. 99'), (4, [3]),
+  ]  # fmt: skip
 
 
 def test_damaged_parquet_is_told(tmp_path):
@@ -168,10 +193,12 @@ def test_damaged_parquet_is_told(tmp_path):
   documents=st.lists(st.lists(st.integers(8, 99), min_size=1, max_size=20), min_size=1, max_size=8),
   block=st.integers(1, 9),
   dtype=st.sampled_from(['u1', 'i2', '>u4', 'i8', 'u8']),
+  has_end=st.booleans(),
 )
-def test_a_stream_is_cut_at_separators(tmp_path_factory, documents, block, dtype):
+def test_a_stream_is_cut_at_separators(tmp_path_factory, documents, block, dtype, has_end):
   path = tmp_path_factory.mktemp('array') / 'a.npy'
-  np.save(path, np.array([i for document in documents for i in (SEPARATOR, *document)], dtype))
+  ids = [i for document in documents for i in (SEPARATOR, *document)]
+  np.save(path, np.array(ids + [SEPARATOR] * has_end, dtype))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(readers, 'IDS', block)
     assert read(path) == list(enumerate(documents, 1))
@@ -196,12 +223,13 @@ def test_a_row_of_a_table_is_a_document(tmp_path, order):
     (np.zeros((2, 2, 2), int), r'\[2, 2, 2\], expected whole numbers in 1 or 2 dimensions'),
     (np.array([1, 2, 7]), 'begins with id 1, expected the separator 7'),
     (np.zeros(0, int), 'bad:'),
+    (np.array([7]), 'bad: empty'),
   ],
 )
 def test_other_arrays_are_refused(tmp_path, array, words):
   np.save(tmp_path / 'a.npy', array)
   [(row, problem)] = read(tmp_path / 'a.npy')
-  assert row == 0
+  assert row == (len(array) == 1)
   assert re.search(words, problem)
 
 
@@ -234,16 +262,19 @@ def test_a_truncated_array_is_told(tmp_path):
     assert (row, problem.startswith('bad: not a .npy array of numbers')) == (0, True)
 
 
-@pytest.mark.parametrize('kind', ['jsonl', 'parquet', 'tokens'])
-def test_files_are_not_held_whole(tmp_path, kind):
+@pytest.mark.parametrize('kind', ['jsonl', 'parquet', 'one row group', 'tokens'])
+def test_files_are_not_held_whole(tmp_path, kind, monkeypatch):
   count, size = 300, 1 << 16
   path = tmp_path / 'big'
   if kind == 'jsonl':
     path.write_text(''.join(json.dumps({'text': 'x' * size}) + '\n' for _ in range(count)))
-  elif kind == 'parquet':
-    path = write_parquet(
-      path, {'text': ['x' * size] * count}, row_group_size=10, compression='none', use_dictionary=False
-    )
+  elif kind != 'tokens':
+    monkeypatch.setattr(readers, 'ROWS_BYTES', 10 * size)
+    rows = count if kind == 'one row group' else 10
+    texts = {'text': ['x' * size] * count, 'other': [['y']] * count}
+    path = write_parquet(path, texts, row_group_size=rows, write_batch_size=4, data_page_size=4 * size,
+                         use_dictionary=False, compression='none')  # fmt: skip
+    kind = 'parquet'
   else:
     np.save(tmp_path / 'big.npy', np.tile(np.append(SEPARATOR, np.ones(size // 8 - 1, int)), count))
     path = tmp_path / 'big.npy'

@@ -96,6 +96,8 @@ def test_no_text_counts_ids():
     ('none', '', "data.separator='': expected the id"),
     ('none', '</s>', "data.separator='</s>': expected the id"),
     ('none', '4294967296', 'expected the id'),
+    ('none', '٣', "data.separator='٣': expected the id"),
+    ('{}', '٣', r"data.separator='٣': .*has no such token"),
     ('/nothing/here', '', "data.tokenizer='/nothing/here': expected 'bytes', 'none', a tokenizer.json or a folder"),
     ('', '', "data.tokenizer='': expected 'bytes'"),
     ('{}', '', r"no config file beside the tokenizer names one; its special tokens are '<s>' \(264\), '</s>' \(265\)"),
