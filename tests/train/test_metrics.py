@@ -59,12 +59,11 @@ def test_a_board_that_cannot_be_written_to_holds_nothing_up(tmp_path, capsys):
   writer = metrics.Writer(tmp_path, 0, has_tensorboard=True)
   records = writer._board._file._py_recordio_writer
   records._writer.close()
-  with open('/dev/full', 'wb') as full:
+  with open('/dev/full', 'wb', buffering=0) as full:
     records._writer = full
     for step in range(3):
       writer.write('train', step, train_line(float(step)))
     writer.close()
-    full.detach()
   assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 3
   assert capsys.readouterr().err == f'{tmp_path}/tb: No space left on device; the run goes on without TensorBoard\n'
   (tmp_path / 'file').mkdir()
@@ -79,7 +78,7 @@ def test_a_board_has_what_was_written(tmp_path):
   from tensorboardX.proto import event_pb2
 
   writer = metrics.Writer(tmp_path, 4, has_tensorboard=True)
-  writer.write('train', 5, {'loss': 0.5, 'is_all': True, 'rows': ['x']})
+  writer.write('eval', 5, {'loss': 0.5, 'is_all': True, 'rows': ['x']})
   writer.close()
   (path,) = (tmp_path / 'tb').iterdir()
   data, events = path.read_bytes(), []
@@ -90,7 +89,7 @@ def test_a_board_has_what_was_written(tmp_path):
   _, start, figure = events
   assert (start.step, start.session_log.status) == (5, event_pb2.SessionLog.START)
   assert figure.step == 5
-  assert [(value.tag, value.simple_value) for value in figure.summary.value] == [('train/loss', 0.5)]
+  assert [(value.tag, value.simple_value) for value in figure.summary.value] == [('eval/loss', 0.5)]
 
 
 def test_writer_that_is_off_writes_nothing(tmp_path):

@@ -105,7 +105,8 @@ def _started(module, one):
 
 def _arrays(module, one, instruction, kind):
   """Shapes of the arrays of a collective: its operands where it makes them smaller, else its results."""
-  results = [shape for shape in instruction.shapes if shape.dtype != 'u32' or shape.dims]
+  # What keeps track of an asynchronous one is a u32[], as the number that is sent may be.
+  results = [shape for shape in instruction.shapes if shape.dtype != 'u32' or shape.dims] or instruction.shapes[:1]
   if instruction.opcode.endswith('-start') and kind in ('all-gather', 'collective-permute', 'all-to-all'):
     return results[len(results) // 2 :]  # operands, then results
   if kind == 'reduce-scatter':
