@@ -119,7 +119,8 @@ class Checkpoints:
       abstract: State of shapes.
       placed: State of placements.
       iterator: of train.data.batches.
-      say: called with a line about each checkpoint that is not whole; it is moved to bad_checkpoints/.
+      say: called with a line about each checkpoint that is not whole; it is moved to bad_checkpoints/, or deleted if
+        its save was never finished.
 
     Returns:
       (steps done, State), or (0, None) if no save was ever finished.
@@ -167,7 +168,8 @@ class Checkpoints:
     left = f'The checkpoint of step {newest} is untouched' if newest else 'There is no older checkpoint'
     detail = ' '.join(str(error).split()) or type(error).__name__
     detail = detail if len(detail) < 2 * DETAIL else f'{detail[:DETAIL]} ... {detail[-DETAIL:]}'
-    bad = f' ({workdirs.BAD_CHECKPOINTS} has {", ".join(self._shelf.bad())})' if self._shelf.bad() else ''
+    count = sum(not name.endswith('.json') for name in self._shelf.bad())
+    bad = f' ({workdirs.BAD_CHECKPOINTS} has {count} that nothing deletes)' if count else ''
     return SaveFailed(
       f'checkpoint of step {step}: {reason} ({detail}). {left}. Free some space{bad} or repair the disk; then the '
       'same command continues'

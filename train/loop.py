@@ -119,7 +119,7 @@ def run(config, workdir):
       )
     peak_flops, peak_source = peak.flops(mesh, config.train.peak_flops)
     pending: collections.deque = collections.deque()  # (step, row numbers, sums on the devices), not read yet
-    saved_step, saved_at, compile_seconds = start, time.monotonic(), 0.0
+    saved_at, compile_seconds = time.monotonic(), 0.0
 
     def settle(late):
       """Reads the figures of all but the last `late` steps: adds them up, logs, stops if they are not finite."""
@@ -139,7 +139,7 @@ def run(config, workdir):
       figures = {name: str(value) for name, value in summary.figures(sums).items()}
       writer.write('not_finite', at, {**figures, 'rows': places, 'skipped': int(sums['skipped'])})
       if not 0 < sums['skipped'] <= config.train.skip_nonfinite:
-        raise NotFinite(summary.not_finite(at, saved_step, sums, places, config.train.skip_nonfinite))
+        raise NotFinite(summary.not_finite(at, saved.newest(), sums, places, config.train.skip_nonfinite))
       progress.say(summary.skipped(at, sums, places, config.train.skip_nonfinite))
       window.leave_out()
 
@@ -154,7 +154,7 @@ def run(config, workdir):
       """Saves in the background, after a train line, so that the lines up to a checkpoint are the steps up to it."""
       log(at)
       if not program.is_finite(state.averaged):
-        raise NotFinite(f'step {at}: a parameter is not finite; {summary.last_checkpoint(saved_step)}')
+        raise NotFinite(f'step {at}: a parameter is not finite; {summary.last_checkpoint(saved.newest())}')
       saved.save(at, state, batches)
 
     def evaluate(at, chosen):
@@ -171,7 +171,7 @@ def run(config, workdir):
       for sums in waiting:
         totals.update(metrics.as_floats(sums))
       if not math.isfinite(totals['nll']):
-        raise NotFinite(f'step {at}: loss on held-out text is not finite; {summary.last_checkpoint(saved_step)}')
+        raise NotFinite(f'step {at}: loss on held-out text is not finite; {summary.last_checkpoint(saved.newest())}')
       values = {f'bits_per_{unit}': metrics.bits(totals), f'{unit}s': round(totals['bytes'])}
       values |= {'is_all': len(chosen) == len(held_rows), 'seconds': time.monotonic() - began}
       writer.write('eval', at, values)
@@ -223,7 +223,7 @@ def run(config, workdir):
           number = watch.asked()  # it ends an evaluation, which the same command does again
         if is_save or number:
           save(step)
-          saved_step, saved_at = step, time.monotonic()
+          saved_at = time.monotonic()
         window.pause(time.monotonic() - began)
       if number:
         saved.wait()

@@ -13,8 +13,9 @@ share the workdir. A signal to one stops all; when one ends with an error or is 
 nothing is gone after --heartbeat_seconds, 20). See docs/training.md, docs/data.md, docs/finetuning.md, docs/scaling.md.
 
 Exit status: 0 done, or saved after SIGTERM (result.json is there only when all steps are done); 1 the loss is not
-finite; 2 a setting, file or folder does not fit; 3 a checkpoint or another file could not be written; 4 (or 134, where
-jax ends a process itself) another process of the run is gone; 130 saved after Ctrl-C.
+finite, or a traceback tells; 2 a setting, file or folder does not fit; 3 a checkpoint or another file could not be
+written; 4 (or 134, where jax ends a process itself) another process of the run is gone, or did not come within two
+minutes; 130 saved after Ctrl-C; 128 + the number of a second signal, which ends all processes at once.
 """
 
 import ast
@@ -26,6 +27,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import typing
 import warnings
 
@@ -86,16 +88,18 @@ def main(argv):
   except loop.NotFinite as error:
     return _fail(error, 1)
   except checkpoint.SaveFailed as error:
-    return _fail(error, 3)
+    return checkpoint.leave(_fail(error, 3))
   except OSError as error:  # of the files beside checkpoints: a full disk, a folder that is gone
-    return _fail(f'{error.filename or _WORKDIR.value}: {error.strerror or error}; the same command goes on', 3)
+    where = error.filename or _WORKDIR.value
+    return checkpoint.leave(_fail(f'{where}: {error.strerror or error}; the same command goes on', 3))
   except interrupt.Interrupted as stop:
     print(f'train: {stop} and saved; the same command continues', file=sys.stderr, flush=True)
     return interrupt.status(stop.signal)
   except Exception as error:
-    if not processes.is_joined():
-      raise
-    processes.end_of(error)
+    if processes.is_joined():
+      processes.end_of(error)
+    traceback.print_exception(error)
+    return checkpoint.leave(1)
   return 0
 
 

@@ -73,7 +73,7 @@ def check(workdir, config):
 def saved_steps(workdir):
   """Steps of the checkpoints whose save was finished, which is when their manifest is written, in order."""
   names = [path.name for path in (workdir / CHECKPOINTS).glob('*')]
-  steps = sorted(int(name) for name in names if name.isascii() and name.isdigit())
+  steps = sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
   return [step for step in steps if (workdir / MANIFESTS / f'{step}.json').exists()]
 
 
@@ -204,14 +204,14 @@ def write_whole(path, text):
 
 
 def read_json(path, names=()):
-  """The contents of a JSON file of a run, an object that has at least the entries `names`."""
+  """The contents of a JSON file of a run; if there are `names`, an object that has at least these entries."""
   try:
     with open(path, encoding='utf-8') as file:
       found = json.load(file)
   except (OSError, ValueError) as error:
     raise UserError(f'{path}: expected a JSON file of a run, cannot read it ({error})') from error
-  if not isinstance(found, dict) or not all(name in found for name in names):
-    raise UserError(f'{path}: expected a JSON file of a run, an object with {", ".join(names) or "entries"}')
+  if names and not (isinstance(found, dict) and all(name in found for name in names)):
+    raise UserError(f'{path}: expected a JSON file of a run, an object with {", ".join(names)}')
   return found
 
 

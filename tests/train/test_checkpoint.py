@@ -214,7 +214,7 @@ def test_bad_ones_are_named_where_space_is_needed(workdir, monkeypatch):
   (workdir / 'bad_checkpoints' / '2.0').mkdir(parents=True)
   monkeypatch.setattr(manifest, 'write', lambda *_: (_ for _ in ()).throw(FULL))
   with (
-    pytest.raises(checkpoint.SaveFailed, match=r'Free some space \(bad_checkpoints has 2\.0\) or repair'),
+    pytest.raises(checkpoint.SaveFailed, match=r'Free some space \(bad_checkpoints has 1 that nothing deletes\)'),
     checkpoint.Checkpoints(workdir, CheckpointConfig()) as saved,
   ):
     saved.save(12, state(12), place(12))

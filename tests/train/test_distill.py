@@ -234,6 +234,7 @@ def stacked(model):
   return model_state.merge(graph, {**params, **{path: jnp.stack(x) for path, x in stacks.items()}})
 
 
+@pytest.mark.long
 def test_chunks_change_nothing():
   """Also where the teacher is wider, which outputs alone do not mind."""
   models = small.model(0, **STUDENT), small.model(1, **{**TEACHER, 'width': 24, 'depth': 1})
@@ -355,6 +356,7 @@ def test_attention_alone_trains_mixers_alone():
   assert dots < 0.8 * str(jax.make_jaxpr(jax.grad(everything))(*params)).count('dot_general')
 
 
+@pytest.mark.long
 def test_student_comes_nearer_to_its_teacher():
   """Through the step of train/step.py, with every loss on, accumulated over two parts."""
   configs = small.config(**STUDENT), small.config(**TEACHER)

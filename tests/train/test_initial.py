@@ -78,7 +78,7 @@ def test_parameters_have_the_dtype_of_the_new_run(published):
   check_equal(got, {path: np.asarray(x.astype('bfloat16')) for path, x in want.items()}, config)
 
 
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('scan', [pytest.param(False, marks=pytest.mark.long), True])
 def test_from_a_run(run, scan):
   """The averages, adapters included; from a scanned run into either form."""
   folder, config = run
