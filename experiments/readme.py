@@ -47,6 +47,10 @@ def figures(root=ROOT):
   for name, part in _read(root, 'bench_generate.json').items():
     rows += GENERATE_PARTS[name](part)
     places.append(_place('generation (`python -m experiments.bench_generate`)', part))
+  for name, command, made in (('bench_train', 'training', _train), ('faults', 'faults', _faults)):
+    if part := _read(root, f'{name}.json'):
+      rows += made(part)
+      places.append(_place(f'{command} (`python -m experiments.{name}`)', part))
   for name, command in (('quickstart', '`make train`'), ('quickstart_long', 'a longer run')):
     if run := _read(root, f'{name}.json'):
       rows.append(_run_row(command, run))
@@ -110,6 +114,19 @@ def _checkpoint(part):
 
 
 GENERATE_PARTS = {'decode': _decode, 'import': _checkpoint}
+
+
+def _train(part):
+  size = f'{part["checkpoint_bytes"] / 1e6:.0f} MB'
+  return [
+    ('training loop with everything on, time over its jitted step', f'{part["ratio"]:.3f}', f'{part["at_most"]}'),
+    (f'a checkpoint of {size}, in steps that it costs', f'{part["stall_steps"]:.2f}', f'{part["stall_at_most"]:.0f}'),
+  ]
+
+
+def _faults(part):
+  what = f'{part["points"]} kills at random points, {part["damaged"]} checkpoints damaged: bits that differ in the end'
+  return [(what, f'{part["differing_bits"]} of {part["bits_compared"]:,}', '0')]
 
 
 def _run_row(command, run):
