@@ -26,6 +26,7 @@ TINY_RUN = [
   '--config.eval.stride=0', '--config.log.tensorboard=false',
 ]  # fmt: skip
 TINY_REPORT = [
+  '--config.eval.stride=0',
   '--config.model.width=64', '--config.model.heads=4', '--config.model.kv_heads=2', '--config.model.mlp_width=64',
   '--config.model.depth=2', '--config.model.vocab=512', '--config.data.seq_len=64', '--config.data.batch=4',
   '--config.train.loss_chunk=0', '--config.mesh.fsdp=2', '--config.mesh.context=1', '--config.mesh.tensor=2',
