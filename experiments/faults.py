@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -73,12 +74,8 @@ def reference(folder):
     states[step] = [np.array(x) for x in jax.tree.leaves(jax.device_get(state))], iterator.get_state()
     real(saved, step, state, iterator)
 
-  checkpoint.Checkpoints.save = save  # type: ignore[method-assign]
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      loop.run(config(folder / 'text'), folder / 'reference')
-  finally:
-    checkpoint.Checkpoints.save = real  # type: ignore[method-assign]
+  with mock.patch.object(checkpoint.Checkpoints, 'save', save), contextlib.redirect_stdout(io.StringIO()):
+    loop.run(config(folder / 'text'), folder / 'reference')
   return states
 
 

@@ -14,6 +14,8 @@ import threading
 
 from tqdm import tqdm
 
+from train import workdir as workdirs
+
 THREADS = 8  # that read a checkpoint; SHA-256 of 1 GB takes one about a second
 CHUNK = 1 << 20  # bytes read at a time
 SHOWN = 3  # files that are named
@@ -36,13 +38,7 @@ def write(folder, path, step):
   for inner in {folder, folder.parent, *((folder / name).parent for name in files)}:
     _sync_folder(inner)
   record = {'step': step, 'files': files}
-  temporary = path.with_name(f'.{path.name}.tmp')
-  with open(temporary, 'w', encoding='utf-8') as file:
-    json.dump({**record, 'sha256': _seal(record)}, file, indent=1)
-    file.write('\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  workdirs.write_json(path, {**record, 'sha256': workdirs.seal(record)})
   _sync_folder(path.parent)
 
 
@@ -85,7 +81,7 @@ def read(path, step):
     record = json.loads(path.read_text(encoding='utf-8'))
     seal = record.pop('sha256')
     files = {str(name): (int(size), str(value)) for name, (size, value) in record['files'].items()}
-    if seal != _seal(record):
+    if seal != workdirs.seal(record):
       return f'{path}: its own SHA-256 differs'
     if record['step'] != step:
       return f'{path}: it is the manifest of step {record["step"]}, expected {step}'
@@ -159,10 +155,6 @@ def _files(folder):
       path = os.path.join(parent, name)
       found[os.path.relpath(path, folder).replace(os.sep, '/')] = os.lstat(path).st_size
   return dict(sorted(found.items()))
-
-
-def _seal(record):
-  return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(',', ':')).encode()).hexdigest()
 
 
 def _sync_folder(folder):

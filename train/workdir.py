@@ -9,6 +9,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -201,6 +202,11 @@ def write_whole(path, text):
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def seal(values):
+  """SHA-256 of what JSON can hold, written beside it in files that must tell when they are damaged."""
+  return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def read_json(path, names=()):

@@ -104,7 +104,7 @@ class _Journal:
         values, seal = record['values'], record['sha256']
       except (ValueError, TypeError, KeyError, RecursionError):
         values = seal = None
-      if seal is None or seal != _seal([self._last, values]):
+      if seal is None or seal != workdirs.seal([self._last, values]):
         raise UserError(f'{self.path}: damaged, line {len(found) + 1} is not what was written')
       found.append(values)
       self._last = seal
@@ -122,7 +122,7 @@ class _Journal:
     self._write(values, 'ab')
 
   def _write(self, values, mode):
-    self._last = _seal([self._last, values])
+    self._last = workdirs.seal([self._last, values])
     with open(self.path, mode) as file:
       file.write(json.dumps({'sha256': self._last, 'values': values}).encode() + b'\n')
       file.flush()
@@ -131,24 +131,20 @@ class _Journal:
 
 def write_sealed(path, values):
   """Writes a JSON file that tells when it is damaged."""
-  workdirs.write_json(path, {'sha256': _seal(values), 'values': values})
+  workdirs.write_json(path, {'sha256': workdirs.seal(values), 'values': values})
 
 
 def read_sealed(path):
   """The values that `write_sealed` wrote; UserError if the file is damaged."""
   found = workdirs.read_json(path)
-  if not isinstance(found, dict) or 'values' not in found or found.get('sha256') != _seal(found['values']):
+  if not isinstance(found, dict) or 'values' not in found or found.get('sha256') != workdirs.seal(found['values']):
     raise UserError(f'{path}: damaged, it is not what was written')
   return found['values']
 
 
-def _seal(values):
-  return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
 def digest(shards, names):
   """A SHA-256 that stands for the contents of some files."""
-  return _seal([[name, shard['ranges'][name]] for name in names for shard in shards])
+  return workdirs.seal([[name, shard['ranges'][name]] for name in names for shard in shards])
 
 
 def total(shards, names):

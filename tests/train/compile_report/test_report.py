@@ -1,7 +1,6 @@
 """train.compile_report: figures against counts by hand, what it says of programs that do not fit, and its command."""
 
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -14,12 +13,12 @@ import pytest
 from experiments import seven_b
 from models import size
 from models.config import DecoderConfig
+from tests.train.compile_report.test_aot import needs_libtpu
 from train import config as configs
 from train.compile_report import advice, facts as gathered, page
 from train.config import Config, DataConfig, MeshConfig, TrainConfig, UserError
 
 ROOT = pathlib.Path(__file__).parents[3]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
 WIDTH, VOCAB, DEPTH, T, B = 64, 512, 3, 64, 8
 
 
